@@ -1,0 +1,187 @@
+"""EfficiencyCallback: how fast a run is, how much memory it takes, and how much of the GPU it uses.
+
+MFU here is useful work over the GPU's dense peak. Useful is what the step must compute, counted by hand below;
+recomputation, padding and rows that do not count are not in it, so they lower the MFU, as they should.
+"""
+
+import logging
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+# Dense bf16 TFLOP/s (no sparsity) by the vendor's data sheets; the longest name that is part of the device's wins.
+PEAK_TFLOPS = {
+    "A100": 312,
+    "H100": 989,  # SXM: "NVIDIA H100 80GB HBM3"
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H200": 989,
+    "H200 NVL": 835,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "B200": 2250,
+}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Peak of a GPU by its name, or None if it is not in the table."""
+    words = f" {device_name} ".replace("-", " ")
+    names = [name for name in PEAK_TFLOPS if f" {name} " in words]
+    return PEAK_TFLOPS[max(names, key=len)] if names else None
+
+
+@dataclass
+class FlopCount:
+    """Useful FLOPs of a step. A product of `[m, k]` and `[k, n]` is 2 m k n; backward is twice the forward.
+
+    per_token: 2 per weight of the decoder's linear layers, one forward. Dense models: all experts would count.
+    per_pair: 4 x layers x heads x head_dim, for query x key and weight x value of one attended token.
+    per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head.
+    backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains.
+    """
+
+    per_token: float
+    per_pair: float
+    per_row: list[float]
+    backbone_passes: int
+
+    @classmethod
+    def of(cls, model) -> "FlopCount":
+        """For a MedusaModel; LLaMA-3-8B: 13.96 GFLOP a token, 0.52 MFLOP a pair, 3.25 GFLOP a row."""
+        decoder, config = model.backbone.get_decoder(), model.backbone.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        lm_head = 0 if model.backbone_frozen else model.get_output_embeddings().weight.numel()
+        return cls(
+            per_token=2.0 * sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear)),
+            per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
+            per_row=[
+                6.0 * n for n in (lm_head, *(sum(p.numel() for p in h.parameters()) for h in model.medusa_heads))
+            ],
+            backbone_passes=1 if model.backbone_frozen else 3,
+        )
+
+    def step(self, rows: list[int], tokens: int, pairs: int) -> float:
+        backbone = self.backbone_passes * (self.per_token * tokens + self.per_pair * pairs)
+        return backbone + sum(flops * n for flops, n in zip(self.per_row, rows, strict=True))
+
+
+class EfficiencyCallback(TrainerCallback):
+    """Measures between two logs; evaluation, checkpoints and logging are not in the time, waiting for data is.
+
+    warmup_steps: steps after the start (or a resume) that `summary()` leaves out: compilation, autotuning and
+        allocator growth happen there.
+    peak_tflops: of one device; default: from the table by the device's name.
+    world_size: counts given to `count` are of all ranks; MFU is per device.
+    """
+
+    def __init__(self, flops: FlopCount, device: torch.device, warmup_steps=3, peak=None, world_size=1):
+        self.flops, self.device, self.warmup_steps, self.world_size = flops, device, warmup_steps, world_size
+        self.peak = peak
+        if device.type == "cuda" and peak is None:
+            self.peak = peak_tflops(torch.cuda.get_device_name(device))
+            if self.peak is None:
+                name = torch.cuda.get_device_name(device)
+                logger.warning("unknown GPU %s: no MFU; the useful TFLOP/s are logged all the same", name)
+        self.steps_seen, self.since_log, self.total = 0, Meter(), Meter()
+        self.step = Meter()
+        self.started = None
+
+    def count(self, rows: list[int], tokens: int, slots: int, pairs: int):
+        """What the coming step holds: rows per head, tokens, token slots with padding, attention pairs."""
+        self.step = Meter(0.0, 1, tokens, slots, sum(rows[1:]) or rows[0], self.flops.step(rows, tokens, pairs))
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # work is queued: without this the clock reads when it was launched
+        return time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps_seen = 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.started is None:
+            self.started = self.now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps_seen += 1
+        self.since_log.add(self.step)
+        if self.steps_seen > self.warmup_steps:
+            self.total.add(self.step)
+        pause = control.should_log or control.should_evaluate or control.should_save
+        if pause or self.steps_seen == self.warmup_steps:  # the clock is read only where it must be
+            now = self.now()
+            self.since_log.seconds += now - self.started
+            if self.steps_seen > self.warmup_steps:
+                self.total.seconds += now - self.started
+            self.started = now
+
+    def restart(self, args, state, control, **kwargs):
+        self.started = self.now()
+
+    on_log = on_evaluate = on_save = restart
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.total.steps:
+            logger.info("without the first %d steps: %s", self.warmup_steps, self.summary())
+
+    def window(self) -> dict[str, float]:
+        """Figures since the last call, with the peak memory since training began."""
+        figures, self.since_log = self.figures(self.since_log), Meter()
+        return figures | self.memory()
+
+    def summary(self) -> dict[str, float]:
+        """The same over the whole run but its warm-up steps."""
+        return self.figures(self.total) | self.memory()
+
+    def figures(self, meter: "Meter") -> dict[str, float]:
+        if not meter.seconds:
+            return {}
+        tflops = meter.flops / meter.seconds / 1e12 / self.world_size
+        figures = {
+            "step_time_s": meter.seconds / meter.steps,
+            "tokens_per_s": meter.tokens / meter.seconds,
+            "padded_tokens_per_s": meter.slots / meter.seconds,
+            "rows_per_s": meter.rows / meter.seconds,
+            "useful_tflops": tflops,
+        }
+        return figures | ({"mfu": tflops / self.peak} if self.peak else {})
+
+    def memory(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            return {
+                "peak_allocated_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
+                "peak_reserved_gib": torch.cuda.max_memory_reserved(self.device) / GIB,
+            }
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB on Linux
+        return {"peak_process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+
+
+@dataclass
+class Meter:
+    """Sums over steps. tokens: real ones; slots: with padding; rows: of the heads (or of the lm_head alone)."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    slots: int = 0
+    rows: int = 0
+    flops: float = 0.0
+
+    def add(self, step: "Meter"):
+        self.steps += step.steps
+        self.tokens += step.tokens
+        self.slots += step.slots
+        self.rows += step.rows
+        self.flops += step.flops

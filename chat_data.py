@@ -1,0 +1,303 @@
+"""Conversations -> input_ids and labels in which only the assistant's tokens count.
+
+Records are ShareGPT's (`conversations`: from / value) or chat (`messages`: role / content), from a local .json or
+.jsonl file or from a Hub dataset. docs/data.md says what is skipped, what is refused and how batches are made.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+
+import datasets
+from jinja2 import TemplateError
+
+from batches import pack
+from errors import BadInput
+from medusa_loss import IGNORE
+
+logger = logging.getLogger(__name__)
+
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
+}
+FEATURES = datasets.Features(
+    {
+        "record": datasets.Value("int64"),  # 1-based, as a person counts
+        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "problem": datasets.Value("string"),  # why the record is skipped; "" if it is not
+    }
+)
+
+
+def read_json(path: str) -> Iterator[object]:
+    """The records of a JSON array or of JSON lines, whichever the file's first character says.
+
+    An array that is cut off yields its whole records, then None. Raises BadInput on a syntax error.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+    if not text.strip():
+        raise BadInput(f"{path} is empty: it should hold conversations, see docs/data.md")
+    if text.lstrip()[0] != "[":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise BadInput(f"{path}, line {number}: not valid JSON ({error}): mend or delete it") from error
+        return
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, end, number = text.index("[") + 1, len(text.rstrip()), 0
+    while True:
+        at = between.match(text, at).end()
+        if at >= end:
+            yield None
+            return
+        if text[at] == "]":
+            return
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            # What a cut can leave: a string without end, or an error on the last few characters of the file.
+            if error.msg.startswith("Unterminated string") or error.pos >= end - 6:
+                yield None
+                return
+            raise BadInput(
+                f"{path}, line {error.lineno}: record {number + 1} is not valid JSON ({error.msg}): mend or delete it"
+            ) from error
+        number += 1
+        yield record
+
+
+def to_messages(record: object) -> tuple[list[dict], str]:
+    """One record -> (`[{"role", "content"}, ...]`, ""), or ([], why it cannot be used).
+
+    Assistant turns before the first question (ShareGPT has them where a long conversation was split) and
+    questions after the last answer are left out.
+    """
+    if record is None:
+        return [], "the file is cut off here"
+    turns = record.get("messages") or record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns:
+        return [], "no turns under 'messages' or 'conversations'"
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            return [], f"turn {number} is not an object"
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            return [], f"unknown role {role!r}"
+        if not isinstance(content, str) or not content.strip():
+            return [], "a turn without text"
+        role = ROLES[role]
+        if role == "assistant" and not any(m["role"] == "user" for m in messages):
+            continue
+        if role == "system" and messages:
+            return [], "a system turn that is not the first"
+        if messages and messages[-1]["role"] == role:
+            return [], f"two {role} turns in a row"
+        messages.append({"role": role, "content": content})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    return messages, "" if messages else "no answer by the assistant"
+
+
+def _read_local(path: str, size: int, mtime: float) -> Iterator[dict]:
+    # size and mtime are only there to make datasets' cache notice a changed file
+    for number, record in enumerate(read_json(path), 1):
+        messages, problem = to_messages(record)
+        yield {"record": number, "messages": messages, "problem": problem}
+
+
+def _read_hub(row: dict, index: int) -> dict:
+    messages, problem = to_messages(row)
+    return {"record": index + 1, "messages": messages, "problem": problem}
+
+
+def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets.Dataset:
+    """All usable conversations of a local file or of the train split of a Hub dataset (column `messages`)."""
+    if os.path.isfile(data_path):
+        stat = os.stat(data_path)
+        source = {"path": os.path.abspath(data_path), "size": stat.st_size, "mtime": stat.st_mtime}
+        try:
+            data = datasets.Dataset.from_generator(
+                _read_local, features=FEATURES, gen_kwargs=source, cache_dir=cache_dir
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ if isinstance(error.__cause__, BadInput) else error from None
+    elif data_path.endswith((".json", ".jsonl")) or data_path.count("/") > 1 or data_path[0] in "./~":
+        raise BadInput(f"there is no data file {data_path}")
+    else:
+        try:
+            data = datasets.load_dataset(data_path, split="train", cache_dir=cache_dir)
+        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            raise BadInput(
+                f"{data_path} is no file here, and cannot be loaded from the Hub: {str(error).splitlines()[0]}"
+            ) from error
+        data = data.map(_read_hub, with_indices=True, features=FEATURES, remove_columns=data.column_names)
+    return drop_problems(data, data_path)
+
+
+def drop_problems(data: datasets.Dataset, name: str) -> datasets.Dataset:
+    """Leaves out the records with a `problem`, and says how many there were of each kind. Raises if all have."""
+    problems = data["problem"]
+    kinds: dict[str, list[int]] = {}
+    for record, problem in zip(data["record"], problems, strict=True):
+        if problem:
+            kinds.setdefault(problem, []).append(record)
+    for problem, records in kinds.items():
+        logger.warning("%s: skipped %d records: %s (first: record %d)", name, len(records), problem, records[0])
+    if sum(map(len, kinds.values())) == len(data):
+        reasons = "; ".join(f"{problem} (record {records[0]})" for problem, records in kinds.items())
+        raise BadInput(f"{name} holds no usable conversation: {reasons or 'it has no records'}")
+    return data.select([i for i, problem in enumerate(problems) if not problem]) if kinds else data
+
+
+def split_conversations(
+    data: datasets.Dataset, eval_data: datasets.Dataset | None, holdout: float
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """-> (train, eval). Without eval_data the last `holdout` conversations (a share if below 1, else a number)
+    are held out. A conversation that is in both is taken out of train, so that eval is never trained on."""
+    if eval_data is None:
+        count = round(holdout * len(data)) if holdout < 1 else int(holdout)
+        if holdout <= 0:
+            return data, None
+        if not 0 < count < len(data):
+            raise BadInput(f"--eval_holdout {holdout:g} leaves nothing to train on or to evaluate of {len(data)}")
+        data, eval_data = data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
+
+    def digest(messages: list[dict]) -> bytes:
+        return hashlib.sha1(json.dumps(messages, sort_keys=True).encode()).digest()
+
+    held_out = {digest(messages) for messages in eval_data["messages"]}
+    keep = [i for i, messages in enumerate(data["messages"]) if digest(messages) not in held_out]
+    if len(keep) < len(data):
+        logger.warning("left %d conversations out of training that are also held out", len(data) - len(keep))
+        if not keep:
+            raise BadInput("every training conversation is in --eval_data_path too: give different files")
+    return data.select(keep) if len(keep) < len(data) else data, eval_data
+
+
+def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as the chat template writes it, and the `[start, end)` characters the assistant says.
+
+    Each answer is replaced by a mark and the conversation rendered once more: what stands between the marks is
+    the template's own, so the answers' places follow exactly, whatever the template does around them (rendering
+    turn by turn fails for templates that write a turn differently once another follows). A span takes in what
+    the template puts behind every answer (the end-of-turn token), without the white space that follows it.
+    Raises ValueError if the template does not keep the answers as they are.
+    """
+    mark = "\ue0f7{}\ue0f7"  # a private-use character: no template touches it
+    marked, answers = [], []
+    for message in messages:
+        if message["role"] == "assistant":
+            message, answer = message | {"content": mark.format(len(answers))}, message["content"]
+            answers.append(answer)
+        marked.append(message)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    pieces = re.split("\ue0f7\\d+\ue0f7", tokenizer.apply_chat_template(marked, tokenize=False))
+    if len(pieces) != len(answers) + 1 or not text.startswith(pieces[0]):
+        raise ValueError("the chat template does not write every turn")
+    end_of_turn = pieces[-1].rstrip()
+    spans, at = [], len(pieces[0])
+    for answer, after in zip(answers, pieces[1:], strict=True):
+        for written in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
+            if text.startswith(written + after, at):
+                break
+        else:
+            raise ValueError("the chat template rewrites an answer")
+        end = at + len(written)
+        spans.append((at, end + len(end_of_turn) if after.startswith(end_of_turn) else end))
+        at = end + len(after)
+    return text, spans
+
+
+def encode(messages: list[dict], tokenizer, max_length: int) -> dict:
+    """-> input_ids and labels `[T]`, T <= max_length; labels are IGNORE outside the assistant's turns.
+
+    The template's text already holds the BOS token, so none is added. A template with `{% generation %}` says
+    itself which tokens are the assistant's.
+    """
+    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
+        out = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, counts = out["input_ids"], out["assistant_masks"]
+    else:
+        text, spans = assistant_spans(messages, tokenizer)
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, counts, span = out["input_ids"], [], 0
+        for start, end in out["offset_mapping"]:
+            while span < len(spans) and spans[span][1] <= start:
+                span += 1
+            counts.append(span < len(spans) and max(end, start + 1) > spans[span][0])
+    ids, counts = ids[:max_length], counts[:max_length]
+    return {"input_ids": ids, "labels": [i if c else IGNORE for i, c in zip(ids, counts, strict=True)]}
+
+
+def encode_record(row: dict, tokenizer, max_length: int, min_length: int) -> dict:
+    """`encode` for datasets.map: a record that cannot be used gets a `problem` instead of an exception."""
+    try:
+        out, problem = encode(row["messages"], tokenizer, max_length), ""
+        if len(out["input_ids"]) < min_length:
+            problem = f"fewer than {min_length} tokens: no row for the last head"
+        elif all(label == IGNORE for label in out["labels"][1:]):
+            problem = f"no assistant token within --model_max_length {max_length}"
+    except (TemplateError, ValueError) as error:
+        out, problem = {"input_ids": [], "labels": []}, f"{error}"
+    return out | {"length": len(out["input_ids"]), "problem": problem}
+
+
+def encode_lazily(rows: dict, tokenizer, max_length: int) -> dict:
+    """`encode` for Dataset.with_transform (`--lazy_preprocess`), on a batch of rows."""
+    encoded = [encode(messages, tokenizer, max_length) for messages in rows["messages"]]
+    return {key: [row[key] for row in encoded] for key in ("input_ids", "labels")}
+
+
+def prepare(
+    data: datasets.Dataset,
+    name: str,
+    tokenizer,
+    max_length: int,
+    min_length: int = 2,
+    lazy: bool = False,
+    packing: bool = False,
+) -> datasets.Dataset:
+    """Conversations -> a dataset of input_ids, labels (and position_ids if packed), ready for `batches.Collator`.
+
+    min_length: tokens a conversation needs so that each of K heads has a place to look at (K + 2).
+    lazy: tokenise when a batch is drawn; nothing is known of the lengths then. packing: several conversations to
+    a row of max_length tokens.
+    """
+    if lazy:
+        return data.with_transform(partial(encode_lazily, tokenizer=tokenizer, max_length=max_length))
+    workers = min(os.cpu_count() or 1, len(data) // 500)  # starting a process costs more than 500 records
+    common = {"num_proc": workers if workers > 1 else None}
+    data = data.map(
+        encode_record,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "min_length": min_length},
+        remove_columns=["messages"],
+        desc="tokenising",
+        **common,
+    )
+    data = drop_problems(data, name).remove_columns(["record", "problem"])
+    if packing:
+        data = data.map(
+            pack,
+            batched=True,
+            batch_size=1000,
+            fn_kwargs={"max_length": max_length},
+            remove_columns=data.column_names,
+            desc="packing",
+            **common,
+        )
+    return data

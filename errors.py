@@ -1,0 +1,30 @@
+"""Errors meant for the person at the terminal: one sentence, what is wrong, where, and what to do."""
+
+import os
+import sys
+
+import torch
+
+
+class BadInput(ValueError):
+    """The input, the flags or a checkpoint cannot be used. Its text is all a user needs to read."""
+
+
+def run(main):
+    """Runs a script's `main`; turns the errors a user can mend into one line on stderr and exit status 1.
+
+    Anything else keeps its traceback: that is a bug of ours, and hiding it would help nobody.
+    `MEDUSA_TRACEBACK=1` shows the traceback of the others too.
+    """
+    try:
+        main()
+    except (BadInput, FloatingPointError) as error:
+        if os.environ.get("MEDUSA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: out of GPU memory ({str(error).splitlines()[0]}). Lower --per_device_train_batch_size "
+            "(and raise --gradient_accumulation_steps by as much), --model_max_length or --medusa_num_heads; "
+            "in stage 2 add --gradient_checkpointing True."
+        )

@@ -1,0 +1,318 @@
+"""A causal LM with K Medusa heads (arXiv 2401.10774, section 2.1), by composition: nothing is patched.
+
+    backbone = AutoModelForCausalLM.from_pretrained("meta-llama/Meta-Llama-3-8B-Instruct")
+    model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=3, medusa_num_layers=1))
+    model.freeze_backbone()          # stage 1; leave it out for stage 2
+    model(input_ids, labels=labels).loss.backward()
+
+Head k (k = 1..K) predicts the token at t + k + 1 from the last hidden state h_t; the backbone's own `lm_head` is
+head 0 and predicts t + 1. A head is n ResBlocks and a projection to the vocabulary of its own.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from errors import BadInput
+from medusa_checkpoint import HEADS_DIR, find_heads, load_heads, save_heads
+from medusa_loss import IGNORE, linear_cross_entropy, shifted_targets
+
+
+class MedusaConfig(PreTrainedConfig):
+    """What config.json of a heads directory holds. Sizes are filled in from the backbone."""
+
+    model_type = "medusa"
+    medusa_num_heads: int = 5
+    medusa_num_layers: int = 1
+    base_model_name_or_path: str | None = None
+    hidden_size: int | None = None
+    vocab_size: int | None = None
+
+    def to_dict(self) -> dict:
+        # Only what describes the heads. No `architectures`: TGI tells a Medusa directory by its absence.
+        keys = ("model_type", "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path")
+        fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
+        return fields | {"transformers_version": transformers.__version__}
+
+
+class ResBlock(nn.Module):
+    """x + SiLU(W x + b), `[..., H]` -> `[..., H]`. W and b start at zero: an untrained block changes nothing."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.linear(x))
+
+
+@dataclass
+class HeadLoss:
+    """One head on one batch: summed loss (fp32 scalar), right top-1 guesses (int64 scalar), number of rows."""
+
+    loss_sum: torch.Tensor
+    correct: torch.Tensor
+    rows: int
+
+
+def projection_loss(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor,
+    impl: str,
+    softcap: float | None,
+    blocks: nn.Module | None = None,
+) -> HeadLoss:
+    """Loss of hidden `[B, T, H]` against targets `[B, T]`, only on the rows that count (target not IGNORE).
+
+    A prompt, padding or the end of a conversation gives no row, and none of its products is computed.
+    """
+    targets = targets.flatten()
+    index = targets.ne(IGNORE).nonzero()[:, 0]
+    rows = hidden.flatten(0, 1).index_select(0, index)
+    if blocks is not None:
+        rows = blocks(rows)
+    loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
+    return HeadLoss(loss_sum, correct, len(index))
+
+
+class MedusaHead(nn.Sequential):
+    """n ResBlocks and a projection. Its parameters are named as servers expect: `{l}.linear.weight`,
+    `{l}.linear.bias` and `{n}.weight`.
+
+    The loss is computed in here, not by the caller, so that under FSDP a head can be a unit of its own whose
+    weights are whole only while it runs.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, num_layers: int):
+        blocks = [ResBlock(hidden_size) for _ in range(num_layers)]  # not [block] * n: that shares one block
+        super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))
+
+    def forward(self, hidden, targets=None, impl="torch", softcap=None):
+        """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
+        *blocks, projection = self
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(projection.weight.dtype)  # a bf16 backbone under fp32 heads
+        if targets is not None:
+            return projection_loss(hidden, targets, projection.weight, impl, softcap, nn.Sequential(*blocks))
+        return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
+
+
+def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Gemma 2's bound on the logits; nothing for everybody else."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@dataclass
+class MedusaOutput(ModelOutput):
+    """`loss` is `[head 0's loss, if it was computed +] sum_k lambda_k * L_k`. `head_losses` and
+    `head_accuracies` (top-1) are `[K+1]`, index = head, NaN where head 0 was not computed; a head without rows
+    has loss 0. Without labels: `logits` `[K+1, B, T, V]`, or `last_hidden_state` `[B, T, H]` if asked for."""
+
+    loss: torch.Tensor | None = None
+    head_losses: torch.Tensor | None = None
+    head_accuracies: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+class MedusaModel(PreTrainedModel):
+    """Any causal LM with `get_decoder()` and `get_output_embeddings()`, as `backbone`, and `medusa_heads`."""
+
+    config_class = MedusaConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MedusaConfig, backbone: PreTrainedModel):
+        super().__init__(config)
+        self.backbone = backbone
+        self.medusa_heads = nn.ModuleList(
+            MedusaHead(config.hidden_size, config.vocab_size, config.medusa_num_layers)
+            for _ in range(config.medusa_num_heads)
+        )
+        # Not post_init(): it would draw the zero ResBlocks anew.
+        self.softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
+        self.loss_impl = "torch"  # medusa_loss.choose_impl() says which one fits the device
+        self.backbone_frozen = False
+        self._no_split_modules = [*(backbone._no_split_modules or []), "MedusaHead"]
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, config: MedusaConfig, dtype=None) -> "MedusaModel":
+        """Adds untrained heads that equal the `lm_head` exactly. `dtype` is the heads' (default: the backbone's)."""
+        lm_head = backbone.get_output_embeddings()
+        check_backbone(backbone, lm_head)
+        vocab_size, hidden_size = lm_head.weight.shape
+        for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+            if getattr(config, name) not in (None, value):
+                raise BadInput(
+                    f"the heads were made for {name} {getattr(config, name)}, but the backbone "
+                    f"{backbone.name_or_path or type(backbone).__name__} has {value}: use the backbone they were "
+                    "trained on"
+                )
+            setattr(config, name, value)
+        if config.base_model_name_or_path is None:
+            name = backbone.name_or_path
+            config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
+        with torch.device("meta"):  # a random init of K x vocab x hidden numbers would only be overwritten
+            model = cls(config, backbone)
+        model.medusa_heads.to(dtype=dtype or lm_head.weight.dtype).to_empty(device=lm_head.weight.device)
+        with torch.no_grad():
+            for *blocks, projection in model.medusa_heads:
+                for block in blocks:
+                    block.reset_parameters()
+                projection.weight.copy_(lm_head.weight)
+        return model
+
+    def freeze_backbone(self):
+        """Stage 1. The backbone keeps no activations, gets no gradient and stays in eval mode."""
+        self.backbone.requires_grad_(False)
+        self.backbone_frozen = True
+        self.backbone.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.backbone.get_output_embeddings()
+
+    def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
+        """`[B, T]` -> `[B, T, H]`, what all heads read: the decoder's output after its last norm."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
+            return self.backbone.get_decoder()(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state
+
+    def head_loss(self, k: int, hidden, labels, position_ids=None) -> HeadLoss:
+        """Head k's loss on hidden `[B, T, H]` and (unshifted) labels `[B, T]`; k = 0 is the backbone's `lm_head`."""
+        targets = shifted_targets(labels, k + 1, position_ids)
+        if k > 0:
+            return self.medusa_heads[k - 1](hidden, targets, self.loss_impl, self.softcap)
+        return projection_loss(hidden, targets, self.get_output_embeddings().weight, self.loss_impl, self.softcap)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        head_weights: list[float] | None = None,
+        rows: list[int] | None = None,
+        output_hidden: bool = False,
+    ) -> MedusaOutput:
+        """All `[B, T]`. Every head forward, then one backward by the caller: the plain form of the training step
+        (`medusa_trainer` runs one head after the other instead, where it can).
+
+        head_weights: K+1 weights of the heads in the loss (default: 1 for all); head 0 is left out where the
+            backbone is frozen or its weight is 0.
+        rows: K+1 row counts to divide by, those of the whole optimiser step (default: this batch's).
+        """
+        hidden = self.last_hidden_state(input_ids, attention_mask, position_ids)
+        if output_hidden:
+            return MedusaOutput(last_hidden_state=hidden)
+        if labels is None:
+            lm_logits = cap(self.get_output_embeddings()(hidden), self.softcap)
+            heads = [head(hidden, softcap=self.softcap).to(lm_logits.dtype) for head in self.medusa_heads]
+            return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
+        num_heads = len(self.medusa_heads)
+        head_weights = head_weights or [1.0] * (num_heads + 1)
+        losses, accuracies, total = [], [], 0.0
+        for k in range(num_heads + 1):
+            if k == 0 and (self.backbone_frozen or head_weights[0] == 0):
+                losses.append(torch.full((), torch.nan, device=hidden.device))
+                accuracies.append(losses[0])
+                continue
+            out = self.head_loss(k, hidden, labels, position_ids)
+            loss = out.loss_sum / max(1, rows[k] if rows else out.rows)
+            total = total + head_weights[k] * loss
+            losses.append(loss)
+            accuracies.append(out.correct / max(1, out.rows))
+        return MedusaOutput(
+            loss=total, head_losses=torch.stack(losses).detach(), head_accuracies=torch.stack(accuracies)
+        )
+
+    def save_pretrained(self, save_directory, is_main_process=True, include_backbone=None, **kwargs):
+        """Writes the heads (stage 1) or the backbone and the heads (stage 2, design section 3.2).
+
+        include_backbone defaults to whether the backbone trains. Other arguments of transformers' method are
+        accepted and not needed: heads are one safetensors file.
+        """
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        if include_backbone is None:
+            include_backbone = not self.backbone_frozen
+        if include_backbone:
+            self.backbone.save_pretrained(directory)
+        if len(self.medusa_heads) == 0:
+            return
+        config = self.config.to_dict()
+        if include_backbone:
+            config["base_model_name_or_path"] = str(directory.resolve())
+            directory = directory / HEADS_DIR
+        save_heads(self.medusa_heads.state_dict(), config, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory, base_model_name_or_path=None, dtype=None, heads_dtype=None, **kwargs):
+        """Loads what `save_pretrained` wrote, from its directory or from a stage 2 directory's `medusa_heads/`.
+
+        base_model_name_or_path: the backbone, if it is no longer where config.json says.
+        dtype, heads_dtype: of backbone and heads; default: as saved. kwargs go to `AutoModelForCausalLM`.
+        """
+        heads_dir, base = find_heads(directory)
+        fields, state_dict = load_heads(heads_dir)
+        config = MedusaConfig(**fields)
+        base = str(base_model_name_or_path or base or config.base_model_name_or_path)
+        backbone = load_backbone(base, dtype=dtype or "auto", **kwargs)
+        if heads_dtype is None:
+            heads_dtype = next(iter(state_dict.values())).dtype
+        model = cls.from_backbone(backbone, config, dtype=heads_dtype)
+        model.medusa_heads.load_state_dict(state_dict, strict=True)
+        return model.eval()
+
+
+def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` whose failures are one sentence. Raises BadInput."""
+    if os.path.sep in name_or_path and name_or_path[0] in "./~" and not os.path.isdir(name_or_path):
+        raise BadInput(f"there is no model directory {name_or_path}: give an existing one or a Hub id")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except OSError as error:
+        raise BadInput(
+            f"cannot load the backbone {name_or_path}: {str(error).splitlines()[0]} If it is gated, accept its "
+            "licence on its Hub page and run `hf auth login`; or give the path of a local copy."
+        ) from error
+
+
+def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
+    """Refuses backbones whose logits are not (soft-capped) lm_head(hidden): a head would start from other ones."""
+    config, name = backbone.config.get_text_config(), type(backbone).__name__
+    if lm_head is None:
+        raise BadInput(f"{name} has no output embeddings: Medusa heads need a causal LM")
+    if getattr(lm_head, "bias", None) is not None:
+        raise BadInput(f"the lm_head of {name} has a bias; the Medusa format has none, so it is not supported")
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(config, key, 1.0) not in (None, 1.0):
+            raise BadInput(f"{name} scales its logits ({key} = {getattr(config, key)}): not supported")
