@@ -1,0 +1,172 @@
+"""Tiny models, tokenizers and conversations, made here: no test needs a network or a download."""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: runs Liger's real kernel on the CPU
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import datasets
+import liger_kernel.transformers.functional  # noqa: F401  (while the variable is set)
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+if torch.cuda.is_available():
+    del os.environ["TRITON_INTERPRET"]  # there the kernel runs for real
+
+SPECIAL = {  # beginning of text, end of turn, and what else a template writes
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "chatml": ("<|im_start|>", "<|im_end|>", []),
+    "mistral": ("<s>", "</s>", ["[INST]", "[/INST]"]),
+    "gemma": ("<bos>", "<end_of_turn>", ["<start_of_turn>"]),
+}
+WORDS = [
+    "the",
+    "a",
+    "bread",
+    "moon",
+    "rises",
+    "warm",
+    "cold",
+    "why",
+    "how",
+    "because",
+    "salt",
+    "water",
+    "stone",
+    "green",
+    "river",
+    "old",
+    "new",
+    "sings",
+]
+
+
+def make_tokenizer(style: str, template: str | None = "file") -> PreTrainedTokenizerFast:
+    """A small byte-level BPE with the special tokens of `style`; its pad token is its EOS, as in many models."""
+    bos, eos, more = SPECIAL[style]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[bos, eos, *more],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos)
+    if template == "file":
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        with open(os.path.join(here, "templates", f"{style}.jinja")) as file:
+            template = file.read()
+    fast.chat_template = template
+    return fast
+
+
+def make_backbone(tied=False, vocab_size=320, **kwargs) -> LlamaForCausalLM:
+    """Two LLaMA layers of 32, random; different every seed."""
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,  # far from zero, so that a wrong gradient shows
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, **config | kwargs))
+
+
+def randomise(heads: torch.nn.Module, std=0.2):
+    """Untrained ResBlocks are zero and would hide that they are not run."""
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.normal_(std=std)
+
+
+def make_conversations(count: int, seed=0, longest=12) -> list[dict]:
+    """Chat records of uneven lengths, one to three exchanges each."""
+    rng = random.Random(seed)
+    say = lambda: " ".join(rng.choices(WORDS, k=rng.randint(2, longest)))  # noqa: E731
+    roles = ("user", "assistant")
+    return [
+        {"messages": [{"role": roles[i % 2], "content": say()} for i in range(2 * rng.randint(1, 3))]}
+        for _ in range(count)
+    ]
+
+
+def write_jsonl(path, records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(tmp_path, monkeypatch):
+    """Same seed for each test, and a cache of its own for datasets."""
+    set_seed(0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """A tiny LLaMA and its tokenizer on disk."""
+    directory = tmp_path / "backbone"
+    make_backbone().save_pretrained(directory)
+    make_tokenizer("llama3").save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def train(monkeypatch, model_dir, data_file, tmp_path):
+    """Runs train.py in this process: `train("--max_steps", 3, ...)` -> the output directory."""
+    import train as script
+
+    def run(*flags, output="out", liger=False) -> Path:
+        if not liger:  # plain torch in chunks: Triton's interpreter takes a hundred times as long
+            monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        argv = {
+            "--model_name_or_path": model_dir,
+            "--data_path": data_file,
+            "--output_dir": tmp_path / output,
+            "--cache_dir": tmp_path / "cache",
+            "--medusa_num_heads": 2,
+            "--model_max_length": 64,
+            "--per_device_train_batch_size": 4,
+            "--logging_steps": 1,
+            "--learning_rate": 1e-2,
+        } | dict(zip(flags[::2], flags[1::2], strict=True))
+        monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in argv.items() for word in pair)])
+        script.main()
+        return Path(argv["--output_dir"])
+
+    return run
+
+
+def logged(directory, key="loss") -> list[float]:
+    """One figure of every training log of a run."""
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def weights(directory) -> dict[str, torch.Tensor]:
+    """All weights a run left in its output directory."""
+    return {
+        f"{path.relative_to(directory)}:{name}": tensor
+        for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("medusa_heads/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture
+def data_file(tmp_path):
+    """48 conversations of uneven length."""
+    return write_jsonl(tmp_path / "chats.jsonl", make_conversations(48))

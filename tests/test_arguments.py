@@ -1,0 +1,99 @@
+"""arguments.parse: every refusal names its flag, before anything loads."""
+
+import pytest
+
+from arguments import RENAMED, parse
+from errors import BadInput
+
+
+def parse_with(*flags):
+    return parse(["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "out", *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--medusa_num_heads 0", "--medusa_num_heads 0: at least 1"),
+        ("--medusa_num_layers -1", "--medusa_num_layers -1"),
+        ("--medusa_return False --medusa_only_heads True", "--medusa_return False .* --medusa_only_heads True"),
+        ("--model_max_length 6", "--model_max_length 6: head 5 looks 6 tokens ahead, so at least 7"),
+        ("--medusa_num_heads 2 --model_max_length 3", "--model_max_length 3: .* at least 4"),
+        ("--lazy_preprocess True --packing True", "--lazy_preprocess and --packing"),
+        ("--eval_data_path e --eval_holdout 3", "--eval_data_path and --eval_holdout"),
+        ("--eval_holdout -1", "--eval_holdout -1"),
+        ("--eval_strategy steps", "--eval_strategy .* add --eval_data_path or --eval_holdout"),
+        ("--eval_strategy epoch", "--eval_strategy .* add --eval_data_path or --eval_holdout"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor"),
+        ("--torch_compile True", "--torch_compile"),
+        ("--model_name_or_path=", "--model_name_or_path is empty"),
+        ("--chat_template no.jinja", "--chat_template no.jinja"),
+    ],
+)
+def test_refused(flags, named):
+    with pytest.raises(BadInput, match=named):
+        parse_with(*flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--medusa_num_layers 0",
+        "--medusa_num_heads 2 --model_max_length 4",
+        "--packing True",
+        "--lazy_preprocess True",
+        "--eval_strategy steps --eval_holdout 0.1",
+        "--eval_strategy epoch --eval_data_path e",
+        "--medusa_return False",
+        "--warmup_steps 0.1",  # what --warmup_ratio is told to become
+    ],
+)
+def test_the_nearest_that_works_is_accepted(flags):
+    parse_with(*flags.split())
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["space", "equals"])
+@pytest.mark.parametrize("old", RENAMED)
+def test_renamed_flag_names_the_new_one(old, joined):
+    with pytest.raises(BadInput) as error:
+        parse_with(*([f"{old}=1"] if joined else [old, "1"]))
+    assert str(error.value) == f"{old} is not supported here; use {RENAMED[old]}"
+
+
+@pytest.mark.parametrize("new", [new for new in RENAMED.values() if new.startswith("--")])
+def test_the_new_flag_exists(new, capsys):
+    with pytest.raises(SystemExit):
+        parse_with("--help")
+    assert f"{new.split()[0].rstrip(',')}" in capsys.readouterr().out.replace(",", " ").split()
+
+
+def test_defaults():
+    model, data, training = parse_with()
+    assert (model.medusa_num_heads, model.medusa_num_layers, model.medusa_return) == (5, 1, True)
+    assert (model.use_liger, model.dtype, model.chat_template, model.trust_remote_code) == (
+        True,
+        "float32",
+        None,
+        False,
+    )
+    assert (data.eval_data_path, data.eval_holdout, data.model_max_length) == (None, 0, 2048)
+    assert not (data.packing or data.lazy_preprocess)
+    assert (training.medusa_heads_coefficient, training.medusa_decay_coefficient) == (0.2, 0.8)
+    assert (training.medusa_scheduler, training.medusa_lr_multiplier) == ("constant", 1.0)
+    assert not training.medusa_only_heads
+
+
+def test_columns_and_nan_losses_are_kept_from_the_trainer():
+    *_, training = parse_with("--remove_unused_columns", "True", "--logging_nan_inf_filter", "True")
+    assert not training.remove_unused_columns and not training.logging_nan_inf_filter
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_backbone_has_nothing_to_recompute(frozen):
+    *_, training = parse_with("--medusa_only_heads", str(frozen), "--gradient_checkpointing", "True")
+    assert training.gradient_checkpointing is not frozen
+
+
+def test_bf16_on_a_cpu_is_accepted(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    *_, training = parse_with("--bf16", "True")
+    assert training.bf16 and training.device.type == "cpu"
