@@ -102,17 +102,21 @@ RENAMED = {  # flags of older transformers, which its parser would only call unk
     "--torch_dtype": "--dtype",
     "--fp16": "--bf16",
     "--use_liger_kernel": "--use_liger",
+    "--deepspeed": "FSDP through accelerate launch",
 }
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises BadInput for a flag that was renamed and for combinations that cannot work, before anything loads."""
     for word in argv:
-        old = word.split("=")[0]
-        if old in RENAMED:
+        old = "--" + word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and old in RENAMED:
             raise BadInput(f"{old} is not supported here; use {RENAMED[old]}")
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    model, data, training = parser.parse_args_into_dataclasses(argv)
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:  # an unknown flag, or what TrainingArguments itself refuses
+        raise BadInput(str(error)) from error
     refusals = {
         f"--medusa_num_heads {model.medusa_num_heads}: at least 1; for plain fine-tuning use --medusa_return False": (
             model.medusa_num_heads < 1
@@ -131,14 +135,13 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
         "--eval_data_path and --eval_holdout exclude each other: evaluate on one of them": (
             data.eval_data_path is not None and data.eval_holdout != 0
         ),
-        f"--eval_holdout {data.eval_holdout:g}: 0 or more": data.eval_holdout < 0,
+        f"--eval_holdout {data.eval_holdout:g}: 0 or more": not data.eval_holdout >= 0,
         "--eval_strategy asks for evaluation: add --eval_data_path or --eval_holdout": (
             training.eval_strategy != "no" and data.eval_data_path is None and data.eval_holdout == 0
         ),
         "--label_smoothing_factor is not supported: the fused loss of the heads has none": (
             training.label_smoothing_factor != 0
         ),
-        "--deepspeed is not supported: use FSDP through accelerate": training.deepspeed is not None,
         "--torch_compile is not supported: the heads run one after the other, outside the model's forward": (
             training.torch_compile
         ),
@@ -147,8 +150,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     for sentence, applies in refusals.items():
         if applies:
             raise BadInput(sentence)
-    if training.medusa_only_heads and training.gradient_checkpointing:
-        training.gradient_checkpointing = False  # a frozen backbone keeps no activations that could be recomputed
+    if training.medusa_only_heads:  # a frozen backbone keeps no activations, so there is nothing to recompute
+        training.gradient_checkpointing = False
+        training.activation_checkpointing = False  # the name from transformers 5.20 on; the old one mirrors it
     if model.chat_template is not None and not os.path.isfile(model.chat_template):
         raise BadInput(f"there is no file --chat_template {model.chat_template}")
     return model, data, training

@@ -36,6 +36,8 @@ PEAK_TFLOPS = {
 def peak_tflops(device_name: str) -> float | None:
     """Peak of a GPU by its name, or None if it is not in the table."""
     words = f" {device_name} ".replace("-", " ")
+    if " Laptop " in words or " MIG " in words:  # a slower chip of the same name, or a part of one
+        return None
     names = [name for name in PEAK_TFLOPS if f" {name} " in words]
     return PEAK_TFLOPS[max(names, key=len)] if names else None
 
@@ -46,7 +48,8 @@ class FlopCount:
 
     per_token: 2 per weight of the decoder's linear layers, one forward. Dense models: all experts would count.
     per_pair: 4 x layers x heads x head_dim, for query x key and weight x value of one attended token.
-    per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head.
+    per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head. In stage 1
+        the first ResBlock's d_hidden is not needed, which this counts all the same: 1 % of a head at most.
     backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains.
     """
 
@@ -92,8 +95,12 @@ class EfficiencyCallback(TrainerCallback):
             if self.peak is None:
                 name = torch.cuda.get_device_name(device)
                 logger.warning("unknown GPU %s: no MFU; the useful TFLOP/s are logged all the same", name)
-        self.steps_seen, self.since_log, self.total = 0, Meter(), Meter()
         self.step = Meter()
+        self.reset()
+
+    def reset(self):
+        self.steps_seen, self.pending = 0, 0
+        self.since_log, self.total = Meter(), Meter()
         self.started = None
 
     def count(self, rows: list[int], tokens: int, slots: int, pairs: int):
@@ -105,8 +112,17 @@ class EfficiencyCallback(TrainerCallback):
             torch.cuda.synchronize(self.device)  # work is queued: without this the clock reads when it was launched
         return time.perf_counter()
 
+    def read_clock(self):
+        """Adds the time since the last reading, if there were steps in it, and starts a new interval."""
+        now = self.now()
+        if self.pending:
+            self.since_log.seconds += now - self.started
+            if self.steps_seen > self.warmup_steps:
+                self.total.seconds += now - self.started
+        self.started, self.pending = now, 0
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self.steps_seen = 0
+        self.reset()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -116,16 +132,17 @@ class EfficiencyCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps_seen += 1
+        self.pending += 1
         self.since_log.add(self.step)
         if self.steps_seen > self.warmup_steps:
             self.total.add(self.step)
-        pause = control.should_log or control.should_evaluate or control.should_save
-        if pause or self.steps_seen == self.warmup_steps:  # the clock is read only where it must be
-            now = self.now()
-            self.since_log.seconds += now - self.started
-            if self.steps_seen > self.warmup_steps:
-                self.total.seconds += now - self.started
-            self.started = now
+        if self.steps_seen == self.warmup_steps:
+            self.read_clock()
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.read_clock()  # the clock is read only where it must be: reading it drains the GPU's queue
 
     def restart(self, args, state, control, **kwargs):
         self.started = self.now()
@@ -133,6 +150,7 @@ class EfficiencyCallback(TrainerCallback):
     on_log = on_evaluate = on_save = restart
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.read_clock()
         if self.total.steps:
             logger.info("without the first %d steps: %s", self.warmup_steps, self.summary())
 

@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import datasets
 from jinja2 import TemplateError
+from transformers import AutoTokenizer
 
 from batches import pack
 from errors import BadInput
+from json_records import CUT_OFF, read_json
 from medusa_loss import IGNORE
 
 logger = logging.getLogger(__name__)
@@ -35,56 +38,13 @@ FEATURES = datasets.Features(
 )
 
 
-def read_json(path: str) -> Iterator[object]:
-    """The records of a JSON array or of JSON lines, whichever the file's first character says.
-
-    An array that is cut off yields its whole records, then None. Raises BadInput on a syntax error.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            text = file.read()
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    if not text.strip():
-        raise BadInput(f"{path} is empty: it should hold conversations, see docs/data.md")
-    if text.lstrip()[0] != "[":
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise BadInput(f"{path}, line {number}: not valid JSON ({error}): mend or delete it") from error
-        return
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, end, number = text.index("[") + 1, len(text.rstrip()), 0
-    while True:
-        at = between.match(text, at).end()
-        if at >= end:
-            yield None
-            return
-        if text[at] == "]":
-            return
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            # What a cut can leave: a string without end, or an error on the last few characters of the file.
-            if error.msg.startswith("Unterminated string") or error.pos >= end - 6:
-                yield None
-                return
-            raise BadInput(
-                f"{path}, line {error.lineno}: record {number + 1} is not valid JSON ({error.msg}): mend or delete it"
-            ) from error
-        number += 1
-        yield record
-
-
 def to_messages(record: object) -> tuple[list[dict], str]:
     """One record -> (`[{"role", "content"}, ...]`, ""), or ([], why it cannot be used).
 
     Assistant turns before the first question (ShareGPT has them where a long conversation was split) and
     questions after the last answer are left out.
     """
-    if record is None:
+    if record is CUT_OFF:
         return [], "the file is cut off here"
     turns = record.get("messages") or record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -98,6 +58,8 @@ def to_messages(record: object) -> tuple[list[dict], str]:
             return [], f"unknown role {role!r}"
         if not isinstance(content, str) or not content.strip():
             return [], "a turn without text"
+        if re.search("[\ud800-\udfff]", content):
+            return [], "a turn with half a character (a lone surrogate)"
         role = ROLES[role]
         if role == "assistant" and not any(m["role"] == "user" for m in messages):
             continue
@@ -119,8 +81,26 @@ def _read_local(path: str, size: int, mtime: float) -> Iterator[dict]:
 
 
 def _read_hub(row: dict, index: int) -> dict:
-    messages, problem = to_messages(row)
+    messages, problem = to_messages(dict(row))
     return {"record": index + 1, "messages": messages, "problem": problem}
+
+
+def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):
+    """A fast tokenizer with a chat template, which is read from the file `chat_template` if given."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text()
+    if tokenizer.chat_template is None:
+        raise BadInput(
+            f"the tokenizer of {name_or_path} has no chat template, so nobody can tell the assistant's tokens: pass "
+            "one to train.py with --chat_template FILE (templates/ holds some)"
+        )
+    if not tokenizer.is_fast:
+        raise BadInput(f"the tokenizer of {name_or_path} is not a fast one: it does not say where its tokens lie")
+    return tokenizer
 
 
 def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets.Dataset:
@@ -134,7 +114,7 @@ def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets
             )
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ if isinstance(error.__cause__, BadInput) else error from None
-    elif data_path.endswith((".json", ".jsonl")) or data_path.count("/") > 1 or data_path[0] in "./~":
+    elif data_path.endswith((".json", ".jsonl")) or data_path.count("/") > 1 or data_path[:1] in ("", ".", "/", "~"):
         raise BadInput(f"there is no data file {data_path}")
     else:
         try:
@@ -168,6 +148,8 @@ def split_conversations(
     """-> (train, eval). Without eval_data the last `holdout` conversations (a share if below 1, else a number)
     are held out. A conversation that is in both is taken out of train, so that eval is never trained on."""
     if eval_data is None:
+        if not holdout >= 0:
+            raise BadInput(f"--eval_holdout {holdout:g}: 0 or more")
         count = round(holdout * len(data)) if holdout < 1 else int(holdout)
         if holdout <= 0:
             return data, None
@@ -183,7 +165,7 @@ def split_conversations(
     if len(keep) < len(data):
         logger.warning("left %d conversations out of training that are also held out", len(data) - len(keep))
         if not keep:
-            raise BadInput("every training conversation is in --eval_data_path too: give different files")
+            raise BadInput("every training conversation is also held out: give more, or different files")
     return data.select(keep) if len(keep) < len(data) else data, eval_data
 
 
@@ -207,7 +189,8 @@ def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[in
     pieces = re.split("\ue0f7\\d+\ue0f7", tokenizer.apply_chat_template(marked, tokenize=False))
     if len(pieces) != len(answers) + 1 or not text.startswith(pieces[0]):
         raise ValueError("the chat template does not write every turn")
-    end_of_turn = pieces[-1].rstrip()
+    # What follows every answer, up to white space: "<|im_end|>" of "<|im_end|>\n", without an EOS that ends the text.
+    end_of_turn = re.match(r"\s*\S*", os.path.commonprefix(pieces[1:]))[0]  # noqa: RUF071 (it is no path)
     spans, at = [], len(pieces[0])
     for answer, after in zip(answers, pieces[1:], strict=True):
         for written in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
@@ -216,7 +199,7 @@ def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[in
         else:
             raise ValueError("the chat template rewrites an answer")
         end = at + len(written)
-        spans.append((at, end + len(end_of_turn) if after.startswith(end_of_turn) else end))
+        spans.append((at, end + len(end_of_turn.rstrip())))
         at = end + len(after)
     return text, spans
 
@@ -227,7 +210,7 @@ def encode(messages: list[dict], tokenizer, max_length: int) -> dict:
     The template's text already holds the BOS token, so none is added. A template with `{% generation %}` says
     itself which tokens are the assistant's.
     """
-    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
+    if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
         out = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -257,9 +240,16 @@ def encode_record(row: dict, tokenizer, max_length: int, min_length: int) -> dic
     return out | {"length": len(out["input_ids"]), "problem": problem}
 
 
-def encode_lazily(rows: dict, tokenizer, max_length: int) -> dict:
-    """`encode` for Dataset.with_transform (`--lazy_preprocess`), on a batch of rows."""
-    encoded = [encode(messages, tokenizer, max_length) for messages in rows["messages"]]
+def encode_lazily(rows: dict, tokenizer, max_length: int, min_length: int) -> dict:
+    """`encode` for Dataset.with_transform (`--lazy_preprocess`), on a batch of rows. A record that cannot be used
+    is logged when it is drawn, and becomes a row that counts nothing."""
+    encoded = []
+    for record, messages in zip(rows["record"], rows["messages"], strict=True):
+        row = encode_record({"messages": messages}, tokenizer, max_length, min_length)
+        if row["problem"]:
+            logger.warning("record %d counts nothing: %s", record, row["problem"])
+            row = {"input_ids": [0], "labels": [IGNORE]}
+        encoded.append(row)
     return {key: [row[key] for row in encoded] for key in ("input_ids", "labels")}
 
 
@@ -271,15 +261,17 @@ def prepare(
     min_length: int = 2,
     lazy: bool = False,
     packing: bool = False,
+    by_length: bool = False,
 ) -> datasets.Dataset:
     """Conversations -> a dataset of input_ids, labels (and position_ids if packed), ready for `batches.Collator`.
 
     min_length: tokens a conversation needs so that each of K heads has a place to look at (K + 2).
     lazy: tokenise when a batch is drawn; nothing is known of the lengths then. packing: several conversations to
-    a row of max_length tokens.
+    a row of max_length tokens. by_length: shortest first, so that batches in this order need little padding.
     """
     if lazy:
-        return data.with_transform(partial(encode_lazily, tokenizer=tokenizer, max_length=max_length))
+        limits = {"max_length": max_length, "min_length": min_length}
+        return data.with_transform(partial(encode_lazily, tokenizer=tokenizer, **limits))
     workers = min(os.cpu_count() or 1, len(data) // 500)  # starting a process costs more than 500 records
     common = {"num_proc": workers if workers > 1 else None}
     data = data.map(
@@ -300,4 +292,7 @@ def prepare(
             desc="packing",
             **common,
         )
-    return data
+    if by_length:
+        lengths = list(data["length"])
+        data = data.select(sorted(range(len(data)), key=lambda i: lengths[i]))
+    return data.with_format("numpy")  # a row's tokens come as an array, not as a list of Python numbers

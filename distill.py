@@ -5,7 +5,7 @@ words, because those are what they will have to guess (Medusa paper, section 2.3
         --output data/quickstart.jsonl --max_new_tokens 512 --batch_size 50
 
 Prompts: a text file with one a line, or a file train.py reads (then each conversation's first question is asked).
-Started again with the same --output, it goes on after the last answer there. An answer that does not end within
+Started again with the same --output, it goes on after the last whole batch there. An answer that does not end within
 --max_new_tokens is left out: its cut would teach an end of turn where the model has none.
 """
 
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 
 import errors
-from chat_data import load_conversations, read_json
+from chat_data import load_conversations, load_tokenizer
 from errors import BadInput
+from medusa_checkpoint import write_atomically
 from medusa_model import load_backbone
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Arguments:
 def read_prompts(path: str) -> list[str]:
     """Raises BadInput if there are none."""
     if path.endswith((".json", ".jsonl")):
-        return [messages[0]["content"] for messages in load_conversations(path).select_columns("messages")["messages"]]
+        conversations = load_conversations(path)["messages"]
+        return [next(m["content"] for m in messages if m["role"] == "user") for messages in conversations]
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -53,14 +55,22 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def answered(output: Path) -> int:
-    """How many prompts the output is past already. A last line that a kill cut off is removed."""
-    if not output.exists():
-        return 0
-    whole = output.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    output.write_bytes(whole)
-    return max((record["prompt"] for record in read_json(str(output))), default=0) if whole else 0
+def answered(output: Path, batch_size: int) -> int:
+    """How many prompts the output is past already, in whole batches: a batch that a kill cut off is answered anew,
+    so that a sampled answer is the same as without the kill. Raises BadInput if it is no output of this script."""
+    text = output.read_text(encoding="utf-8") if output.exists() else ""
+    lines = text.split("\n")[:-1]  # behind the last line end there is nothing, or a line that was cut off
+    try:
+        prompts = [json.loads(line)["prompt"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{output} exists and was not written by distill.py: choose another --output") from error
+    if text and not text.startswith('{"prompt": '):
+        raise BadInput(f"{output} exists and was not written by distill.py: choose another --output")
+    done = max(prompts, default=0) // batch_size * batch_size
+    kept = "".join(line + "\n" for line, prompt in zip(lines, prompts, strict=True) if prompt <= done)
+    if kept != text:
+        write_atomically(output, lambda path: path.write_text(kept, encoding="utf-8"))
+    return done
 
 
 @torch.inference_mode()
@@ -90,18 +100,20 @@ def answer(model, tokenizer, prompts: list[str], args) -> list[str | None]:
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    if args.batch_size < 1 or args.max_new_tokens < 1 or args.temperature < 0:
+        raise BadInput("--batch_size and --max_new_tokens must be 1 or more, --temperature 0 or more")
     prompts = read_prompts(args.prompts)[: args.limit]
     output = Path(args.output)
-    done = answered(output)
+    done = answered(output, args.batch_size)
     if done:
         logger.info("%s: going on after prompt %d of %d", output, done, len(prompts))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left")
-    if tokenizer.chat_template is None:
-        raise BadInput(f"the tokenizer of {args.model_name_or_path} has no chat template: it is not a chat model")
+    tokenizer = load_tokenizer(args.model_name_or_path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = load_backbone(args.model_name_or_path, dtype=torch.bfloat16).to(device).eval()
+    if model.generation_config.eos_token_id is None:
+        raise BadInput(f"{args.model_name_or_path} names no end-of-sequence token: no answer would ever end")
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = 0
     with open(output, "a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
@@ -117,7 +129,9 @@ def main():
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
-    logger.info("%s: left out %d answers longer than %d tokens", output, unfinished, args.max_new_tokens)
+    logger.info(
+        "%s: left out %d answers, empty or without an end in %d tokens", output, unfinished, args.max_new_tokens
+    )
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import errors
 from batches import Collator
-from chat_data import load_conversations, prepare, split_conversations
+from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from medusa_checkpoint import find_heads, write_atomically
 from medusa_loss import IGNORE, shifted_targets
 from medusa_model import MedusaModel, cap
@@ -32,8 +31,11 @@ def rank_counts(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch
     """How many targets `[R]` are the best, second best, ... TOPth best token: int64 `[TOP]`. hidden `[R, H]`."""
     counts = torch.zeros(TOP, dtype=torch.int64, device=hidden.device)
     for x, t in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-        logits = logits_of(x)
-        ranks = (logits > logits.gather(1, t[:, None])).sum(1)
+        logits, t = logits_of(x), t[:, None]
+        mine = logits.gather(1, t)
+        # bf16 logits tie; as argmax does, the lower token id of two comes first
+        first = torch.arange(logits.shape[1], device=t.device) < t
+        ranks = ((logits > mine) | ((logits == mine) & first)).sum(1)
         counts += torch.bincount(ranks.clamp(max=TOP), minlength=TOP + 1)[:TOP]
     return counts
 
@@ -84,7 +86,9 @@ def main():
     args = parser.parse_args()
 
     directory, stage2 = find_heads(args.heads)
-    tokenizer = AutoTokenizer.from_pretrained(stage2 or directory)
+    tokenizer = load_tokenizer(str(stage2 or directory))
+    if args.output_json:
+        Path(args.output_json).parent.mkdir(parents=True, exist_ok=True)
     data = load_conversations(args.data_path)
     if args.eval_holdout:
         data = split_conversations(data, None, args.eval_holdout)[1]
@@ -92,9 +96,10 @@ def main():
         args.heads, base_model_name_or_path=args.base_model, dtype=torch.bfloat16, heads_dtype=torch.bfloat16
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    data = prepare(data, args.data_path, tokenizer, args.model_max_length, len(model.medusa_heads) + 2)
+    min_length = len(model.medusa_heads) + 2
+    data = prepare(data, args.data_path, tokenizer, args.model_max_length, min_length, by_length=True)
     collate = Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
-    result = evaluate(model, DataLoader(data.sort("length"), args.batch_size, collate_fn=collate))
+    result = evaluate(model, DataLoader(data, args.batch_size, collate_fn=collate))
     print(table(result))
     if args.output_json:
         text = json.dumps({"heads": str(directory), "data_path": args.data_path} | result, indent=1) + "\n"

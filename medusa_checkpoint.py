@@ -43,6 +43,8 @@ def find_heads(directory) -> tuple[Path, Path | None]:
     directory = Path(directory)
     if (directory / HEADS_DIR / HEADS_FILE).is_file():
         return directory / HEADS_DIR, directory
+    if directory.name == HEADS_DIR and (directory.parent / "config.json").is_file():
+        return directory, directory.parent
     if not (directory / HEADS_FILE).is_file():
         raise BadInput(f"there are no Medusa heads in {directory}: no {HEADS_FILE}, no {HEADS_DIR}/{HEADS_FILE}")
     return directory, None

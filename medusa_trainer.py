@@ -165,7 +165,7 @@ class MedusaTrainer(Trainer):
         if "length" not in names or "position_ids" in names:
             return super()._get_train_sampler(train_dataset)
         per_step = self.get_total_train_batch_size(self.args)
-        return LengthGroupedSampler(data["length"], per_step, self.args.data_seed or self.args.seed)
+        return LengthGroupedSampler(list(data["length"]), per_step, self.args.data_seed or self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds loss and top-1 accuracy per head, and the meter's figures, to every training log."""

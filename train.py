@@ -24,7 +24,7 @@ import errors
 from arguments import parse
 from batches import Collator
 from callback import EfficiencyCallback, FlopCount
-from chat_data import load_conversations, prepare, split_conversations
+from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from errors import BadInput
 from medusa_checkpoint import HEADS_DIR, HEADS_FILE, find_heads, load_config
 from medusa_loss import choose_impl
@@ -32,29 +32,6 @@ from medusa_model import MedusaConfig, MedusaModel, load_backbone
 from medusa_trainer import MedusaTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def load_tokenizer(model_args, cache_dir):
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model_args.model_name_or_path,
-            cache_dir=cache_dir,
-            trust_remote_code=model_args.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot load a tokenizer from {model_args.model_name_or_path}: {str(error).splitlines()[0]}"
-        ) from error
-    if model_args.chat_template is not None:
-        tokenizer.chat_template = Path(model_args.chat_template).read_text()
-    if tokenizer.chat_template is None:
-        raise BadInput(
-            f"the tokenizer of {model_args.model_name_or_path} has no chat template, so nobody can tell the "
-            "assistant's tokens: pass one with --chat_template FILE (templates/ holds some)"
-        )
-    if not tokenizer.is_fast:
-        raise BadInput(f"the tokenizer of {model_args.model_name_or_path} is not a fast one: it gives no offsets")
-    return tokenizer
 
 
 def build_datasets(model_args, data_args, training_args, tokenizer):
@@ -76,8 +53,8 @@ def build_datasets(model_args, data_args, training_args, tokenizer):
         **lengths,
     )
     if eval_data is not None:
-        eval_data = prepare(eval_data, data_args.eval_data_path or "the held-out part", tokenizer, **lengths)
-        eval_data = eval_data.sort("length")  # batches of one length: little padding
+        name = data_args.eval_data_path or "the held-out part"
+        eval_data = prepare(eval_data, name, tokenizer, by_length=True, **lengths)
     logger.info("%d rows to train on, %d to evaluate on", len(train_data), len(eval_data or []))
     return train_data, eval_data
 
@@ -188,7 +165,12 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model_args, data_args, training_args = parse(sys.argv[1:])
     checkpoint = find_checkpoint(model_args, training_args)
-    tokenizer = load_tokenizer(model_args, training_args.cache_dir)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path,
+        model_args.chat_template,
+        cache_dir=training_args.cache_dir,
+        trust_remote_code=model_args.trust_remote_code,
+    )
     train_data, eval_data = build_datasets(model_args, data_args, training_args, tokenizer)
     model = build_model(model_args, data_args, training_args, tokenizer)
 

@@ -6,20 +6,19 @@ import random
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: runs Liger's real kernel on the CPU
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: runs Liger's real kernel on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import datasets
 import liger_kernel.transformers.functional  # noqa: F401  (while the variable is set)
 import pytest
-import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-if torch.cuda.is_available():
-    del os.environ["TRITON_INTERPRET"]  # there the kernel runs for real
 
 SPECIAL = {  # beginning of text, end of turn, and what else a template writes
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),

@@ -198,3 +198,33 @@ def test_in_a_real_trainer(monkeypatch, tmp_path):
     assert logged == [1.25, 1.5, 1.5]  # the very first batch is made before the clock starts
     assert meter.summary()["step_time_s"] == 1.5
     assert clock["seconds"] > 4000
+
+
+def test_steps_before_a_pause_at_the_end_of_an_epoch_have_their_time(monkeypatch):
+    """--logging_strategy epoch sets its flag after the last step has ended."""
+    run = Run(monkeypatch)
+    for _ in range(4):
+        run.step(seconds=2.0)
+    run.meter.on_epoch_end(None, None, TrainerControl(should_log=True))
+    assert run.meter.window()["step_time_s"] == 2.0
+
+
+def test_the_last_steps_have_their_time_in_the_summary(monkeypatch):
+    run = Run(monkeypatch)
+    for log in (0, 1.0, 0, 0):
+        run.step(seconds=2.0, log=log)
+    run.meter.on_train_end(None, None, None)
+    assert run.meter.summary()["step_time_s"] == 2.0
+
+
+def test_a_second_training_starts_anew(monkeypatch):
+    run = Run(monkeypatch)
+    run.step(seconds=9.0, log=1.0)
+    run.meter.on_train_begin(None, None, None)
+    run.step(seconds=2.0, log=1.0)
+    assert run.meter.window()["step_time_s"] == 2.0
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-80GB MIG 1g.10gb"])
+def test_parts_and_slower_namesakes_have_no_known_peak(name):
+    assert peak_tflops(name) is None

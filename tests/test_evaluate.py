@@ -96,6 +96,7 @@ def test_main_prints_the_table_and_writes_the_figures(heads_dir, data_file, tmp_
     figures = tmp_path / "figures.json"
     run(monkeypatch, heads_dir, "--data_path", data_file, "--output_json", figures)
     result = json.loads(figures.read_text())
+    assert result["top"][1:] != result["before"][1:]  # the saved heads were read, not untrained ones made
     assert (result["heads"], result["data_path"]) == (str(evaluate.find_heads(heads_dir)[0]), data_file)
     lines = capsys.readouterr().out.strip().splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| lm_head", "| head 1", "| head 2", "| head 3"]
@@ -127,3 +128,10 @@ def test_a_backbone_that_has_moved(heads_dir, model_dir, data_file, tmp_path, mo
 def test_a_directory_without_heads(model_dir, data_file, monkeypatch):
     with pytest.raises(BadInput, match=f"no Medusa heads in {model_dir}"):
         run(monkeypatch, model_dir, "--data_path", data_file)
+
+
+def test_of_tied_logits_the_first_token_is_the_guess():
+    """As argmax does it; bf16 logits tie in one row of twenty."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    ranks = [evaluate.rank_counts(lambda _: logits, torch.zeros(1, 2), torch.tensor([t])).tolist() for t in range(4)]
+    assert [rank.index(1) for rank in ranks] == [2, 0, 1, 3]
