@@ -64,7 +64,8 @@ def answered(output: Path, batch_size: int) -> int:
         prompts = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{output} exists and was not written by distill.py: choose another --output") from error
-    if text and not text.startswith('{"prompt": '):
+    start = '{"prompt": '
+    if text[: len(start)] != start[: len(text)]:
         raise BadInput(f"{output} exists and was not written by distill.py: choose another --output")
     done = max(prompts, default=0) // batch_size * batch_size
     kept = "".join(line + "\n" for line, prompt in zip(lines, prompts, strict=True) if prompt <= done)

@@ -106,17 +106,7 @@ def test_a_frozen_backbone_is_not_recomputed(flag, tmp_path):
         assert getattr(training, "activation_checkpointing", not frozen) is not frozen
 
 
-def test_an_unknown_flag_is_one_sentence():
+def test_an_unknown_flag_is_one_sentence(tmp_path):
+    known = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path)]
     with pytest.raises(BadInput, match="--medusa_heads_number"):
-        parse(
-            [
-                "--model_name_or_path",
-                "m",
-                "--data_path",
-                "d",
-                "--output_dir",
-                str(tmp_path),
-                "--medusa_heads_number",
-                "3",
-            ]
-        )
+        parse([*known, "--medusa_heads_number", "3"])

@@ -93,8 +93,9 @@ def test_untrained_heads_equal_the_lm_head_and_the_backbone_is_untouched(family)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_every_gradient_equal_the_definition(impl, layers, stage, tied):
-    model = make_model(layers=layers, tied=tied)
-    ids, labels = make_batch()
+    device = "cuda" if impl == "liger" and torch.cuda.is_available() else "cpu"
+    model = make_model(layers=layers, tied=tied).to(device)
+    ids, labels = (tensor.to(device) for tensor in make_batch())
     weights = [1.0 if stage == 2 else 0.0, 0.5, 0.25, 0.125]
     if stage == 1:
         model.freeze_backbone()
