@@ -89,6 +89,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True  # or --bf16 is refused, though a CPU computes in bf16 too
             self.dataloader_pin_memory = False
         super().__post_init__()
+        if self.n_gpu > 1:  # one process that sees several GPUs uses one; the Trainer would use DataParallel
+            self._n_gpu = 1
         self.remove_unused_columns = False  # columns are chat_data's business
         # The Trainer's filter replaces a NaN loss by the average and trains on; MedusaTrainer stops instead.
         self.logging_nan_inf_filter = False
@@ -146,6 +148,23 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
             training.torch_compile
         ),
         "--model_name_or_path is empty": not model.model_name_or_path,
+        "--torch_empty_cache_steps is not supported": training.torch_empty_cache_steps is not None,
+        "--bf16_full_eval and --fp16_full_eval are not supported: evaluation computes as training does": (
+            training.bf16_full_eval or training.fp16_full_eval
+        ),
+        "--neftune_noise_alpha does nothing to a frozen backbone: leave it out in stage 1": (
+            training.neftune_noise_alpha is not None and training.medusa_only_heads
+        ),
+        "--push_to_hub uploads the finished directory only: use --hub_strategy end": (
+            training.push_to_hub and training.hub_strategy != "end"
+        ),
+        "--medusa_heads_coefficient, --medusa_decay_coefficient and --medusa_lr_multiplier: 0 or more": (
+            min(training.medusa_heads_coefficient, training.medusa_decay_coefficient, training.medusa_lr_multiplier)
+            < 0
+        ),
+        "--medusa_heads_coefficient 0 with --medusa_only_heads True would train nothing": (
+            training.medusa_heads_coefficient == 0 and training.medusa_only_heads
+        ),
     }
     for sentence, applies in refusals.items():
         if applies:

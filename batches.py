@@ -49,7 +49,7 @@ class Collator:
             length = len(row["input_ids"])
             batch["attention_mask"][i, :length] = 1
             for key in fill.keys() & row.keys():
-                batch[key][i, :length] = torch.as_tensor(row[key])
+                batch[key][i, :length] = torch.tensor(row[key])
         return batch
 
 

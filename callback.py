@@ -46,7 +46,7 @@ def peak_tflops(device_name: str) -> float | None:
 class FlopCount:
     """Useful FLOPs of a step. A product of `[m, k]` and `[k, n]` is 2 m k n; backward is twice the forward.
 
-    per_token: 2 per weight of the decoder's linear layers, one forward. Dense models: all experts would count.
+    per_token: 2 per weight of the decoder's linear layers, one forward. For dense models: experts are not counted.
     per_pair: 4 x layers x heads x head_dim, for query x key and weight x value of one attended token.
     per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head. In stage 1
         the first ResBlock's d_hidden is not needed, which this counts all the same: 1 % of a head at most.

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from batches import pack
-from errors import BadInput
+from errors import ACCESS, BadInput
 from json_records import CUT_OFF, read_json
 from medusa_loss import IGNORE
 
@@ -90,7 +90,8 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"cannot load a tokenizer from {name_or_path}: {reason} {ACCESS}") from error
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text()
     if tokenizer.chat_template is None:
@@ -271,6 +272,9 @@ def prepare(
     """
     if lazy:
         limits = {"max_length": max_length, "min_length": min_length}
+        first = [encode_record(row, tokenizer, **limits)["problem"] for row in data.select(range(min(20, len(data))))]
+        if all(first):
+            raise BadInput(f"{name}: none of the first {len(first)} conversations can be used: {first[0]}")
         return data.with_transform(partial(encode_lazily, tokenizer=tokenizer, **limits))
     workers = min(os.cpu_count() or 1, len(data) // 500)  # starting a process costs more than 500 records
     common = {"num_proc": workers if workers > 1 else None}

@@ -100,7 +100,10 @@ def answer(model, tokenizer, prompts: list[str], args) -> list[str | None]:
 
 def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    try:
+        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    except ValueError as error:  # an unknown flag
+        raise BadInput(str(error)) from error
     if args.batch_size < 1 or args.max_new_tokens < 1 or args.temperature < 0:
         raise BadInput("--batch_size and --max_new_tokens must be 1 or more, --temperature 0 or more")
     prompts = read_prompts(args.prompts)[: args.limit]

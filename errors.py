@@ -5,6 +5,11 @@ import sys
 
 import torch
 
+ACCESS = (
+    "If it is a gated model, accept its licence on its Hub page and run `hf auth login`; or give the path of a local "
+    "copy."
+)
+
 
 class BadInput(ValueError):
     """The input, the flags or a checkpoint cannot be used. Its text is all a user needs to read."""

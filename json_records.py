@@ -49,8 +49,9 @@ def read_json(path: str) -> Iterator[object]:
         try:
             record, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            # What a cut can leave: a string without end, or an error on the last few characters of the file.
-            if error.msg.startswith("Unterminated string") or error.pos >= end - 6:
+            # What a cut can leave: a string without end, an error at the very end, or half a word ("fal", "\\u00e").
+            half_a_word = error.pos >= end - 6 and text[end - 1] not in "]}"
+            if error.msg.startswith("Unterminated string") or error.pos >= end or half_a_word:
                 yield CUT_OFF
                 return
             where = f"{path}, line {error.lineno}: record {number + 1}"

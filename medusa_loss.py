@@ -105,9 +105,11 @@ def _torch(hidden, weight, targets, softcap):
 def _liger(hidden, weight, targets, softcap):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    # Liger cuts R rows into ceil(V / (C * H)) chunks, rounded up to a power of two rows; turn that around for C.
+    # Liger cuts R rows into ceil(V / (C * H)) chunks and rounds their rows up to a power of two; turn that around
+    # for C, rounding it down so that no chunk is larger. C is at least 1: where V / H is small (32000 / 4096) and R
+    # large, Liger's own chunks of at most R * H elements stay.
     chunks = -(-len(targets) // CHUNK_ROWS)
-    chunk_mem_const = max(1, -(-weight.shape[0] // (chunks * weight.shape[1])))
+    chunk_mem_const = max(1, weight.shape[0] // (chunks * weight.shape[1]))
     out = liger_fused_linear_cross_entropy(
         hidden,
         weight,

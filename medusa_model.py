@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from errors import BadInput
+from errors import ACCESS, BadInput
 from medusa_checkpoint import HEADS_DIR, find_heads, load_heads, save_heads
 from medusa_loss import IGNORE, linear_cross_entropy, shifted_targets
 
@@ -299,11 +300,9 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
         raise BadInput(f"there is no model directory {name_or_path}: give an existing one or a Hub id")
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except OSError as error:
-        raise BadInput(
-            f"cannot load the backbone {name_or_path}: {str(error).splitlines()[0]} If it is gated, accept its "
-            "licence on its Hub page and run `hf auth login`; or give the path of a local copy."
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"cannot load the backbone {name_or_path}: {reason} {ACCESS}") from error
 
 
 def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):

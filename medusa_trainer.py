@@ -37,6 +37,7 @@ class MedusaTrainer(Trainer):
         self.num_heads = len(self.medusa.medusa_heads)
         # Per head: summed loss, right guesses, rows; of the steps since the last log.
         self.window = torch.zeros(self.num_heads + 1, 3, dtype=torch.float64, device=self.args.device)
+        self.step_sums = torch.zeros_like(self.window)  # the same of one optimiser step
         self.one_by_one = self.args.world_size == 1
         logger.info(
             "training step: %s",
@@ -87,8 +88,9 @@ class MedusaTrainer(Trainer):
         else:
             loss = self._all_at_once(model, inputs, scales, first, sums)
         self.window += sums
+        self.step_sums += sums
         if self.accelerator.sync_gradients:
-            self._stop_if_not_finite(sums)
+            self._stop_if_not_finite()
         return loss
 
     def _one_by_one(self, inputs, scales, first, sums):
@@ -120,8 +122,11 @@ class MedusaTrainer(Trainer):
             sums[k] = torch.stack((out.head_losses[k].double(), out.head_accuracies[k].double() * rows, rows.double()))
         return out.loss.detach()
 
-    def _stop_if_not_finite(self, sums: torch.Tensor):
-        for k, value in enumerate(sums[:, 0].tolist()):
+    def _stop_if_not_finite(self):
+        """Before the optimiser sees it: a NaN in any micro-batch of the step would spoil every weight."""
+        values = self.step_sums[:, 0].tolist()
+        self.step_sums.zero_()
+        for k, value in enumerate(values):
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"step {self.state.global_step + 1}: the loss of head {k} is {value}. Nothing was saved after the "
@@ -135,7 +140,10 @@ class MedusaTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
-        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        try:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except ImportError as error:
+            raise BadInput(f"--optim {self.args.optim} needs a package that is missing: {error}") from error
         if kwargs.keys() & {"params", "model", "optimizer_dict"}:
             raise BadInput(
                 f"--optim {self.args.optim} makes its own parameter groups: choose an AdamW, Adafactor or SGD"
@@ -162,10 +170,11 @@ class MedusaTrainer(Trainer):
         """Group by length where the lengths are known and rows are not packed to one length."""
         data = self.train_dataset if train_dataset is None else train_dataset
         names = getattr(data, "column_names", None) or []
-        if "length" not in names or "position_ids" in names:
+        asked = self.args.train_sampling_strategy
+        if "length" not in names or "position_ids" in names or asked != "random":  # random: the Trainer's default
             return super()._get_train_sampler(train_dataset)
-        per_step = self.get_total_train_batch_size(self.args)
-        return LengthGroupedSampler(list(data["length"]), per_step, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(list(data["length"]), self.get_total_train_batch_size(self.args), seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds loss and top-1 accuracy per head, and the meter's figures, to every training log."""
@@ -185,6 +194,8 @@ class MedusaTrainer(Trainer):
         `{prefix}_loss` is the training loss at full lambda_0. No logits are kept."""
         medusa = self.medusa
         medusa.eval()
+        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):  # schedule-free optimisers
+            self.optimizer.eval()
         sums = torch.zeros_like(self.window)
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
@@ -232,6 +243,9 @@ class MedusaTrainer(Trainer):
         if not medusa.backbone_frozen:
             saved = load_backbone(resume_from_checkpoint, dtype="auto")
             medusa.backbone.load_state_dict(saved.state_dict(), strict=True)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def batch_counts(batch: dict, num_heads: int) -> torch.Tensor:

@@ -107,9 +107,11 @@ def is_complete(checkpoint: Path) -> bool:
 def find_checkpoint(model_args, training_args) -> str | None:
     """The checkpoint to resume from, or None. Refuses to write over what another run left behind."""
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
     if str(resume).lower() in ("none", "false"):
-        left = [path for path in (output_dir / HEADS_FILE, output_dir / HEADS_DIR) if path.exists()] + checkpoints
+        names = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
+        left = [output_dir / name for name in names if (output_dir / name).exists()] + checkpoints
         if left:
             raise BadInput(
                 f"{output_dir} already holds {left[-1].name} of an earlier run: go on from its last checkpoint with "
@@ -128,14 +130,24 @@ def find_checkpoint(model_args, training_args) -> str | None:
         checkpoint = Path(resume)
         if not is_complete(checkpoint):
             raise BadInput(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint")
+        if checkpoint.resolve().parent != output_dir.resolve():
+            raise BadInput(f"{checkpoint} is another run's: resume with --output_dir {checkpoint.parent}")
     if model_args.medusa_return:
+        base = model_args.model_name_or_path
         heads_dir, stage2 = find_heads(checkpoint)
         found = load_config(heads_dir) | {"medusa_only_heads": stage2 is None}
-        for key in ("medusa_num_heads", "medusa_num_layers", "medusa_only_heads"):
-            asked = getattr(model_args, key, None) if hasattr(model_args, key) else getattr(training_args, key)
-            if found[key] != asked:
+        asked = {
+            "medusa_num_heads": model_args.medusa_num_heads,
+            "medusa_num_layers": model_args.medusa_num_layers,
+            "medusa_only_heads": training_args.medusa_only_heads,
+        }
+        if stage2 is None:  # a stage 2 checkpoint brings its backbone along
+            found["model_name_or_path"] = found["base_model_name_or_path"]
+            asked["model_name_or_path"] = os.path.abspath(base) if os.path.isdir(base) else base
+        for key, value in asked.items():
+            if found[key] != value:
                 raise BadInput(
-                    f"{checkpoint} was trained with --{key} {found[key]}, not {asked}: use the same, or another "
+                    f"{checkpoint} was trained with --{key} {found[key]}, not {value}: use the same, or another "
                     "--output_dir"
                 )
     logger.info("resuming from %s", checkpoint)

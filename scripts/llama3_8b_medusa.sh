@@ -21,25 +21,31 @@ ACCUMULATION="${ACCUMULATION:-4}" # ... and so often before an optimiser step
 EPOCHS="${EPOCHS:-1}"
 PYTHON="${PYTHON:-python3}"
 
-STAGE1=True
+STAGE1=True # what the appended flags say; the flag alone, without a value, means True
 previous=
 for word in "$@"; do
-    case "$previous" in --medusa_only_heads) STAGE1=$word ;; esac
-    case "$word" in --medusa_only_heads=*) STAGE1=${word#*=} ;; esac
+    case "$previous" in
+        --medusa[_-]only[_-]heads) case "$word" in -*) STAGE1=True ;; *) STAGE1=$word ;; esac ;;
+    esac
+    case "$word" in --medusa[_-]only[_-]heads=*) STAGE1=${word#*=} ;; esac
     previous=$word
 done
 case "$STAGE1" in
-    [Tt]rue | 1 | yes)
+    [Tt]* | [Yy]* | 1)
         STAGE=1
         LEARNING_RATE="${LEARNING_RATE:-1e-3}" # of the original Medusa recipe
         LR_MULTIPLIER="${LR_MULTIPLIER:-1}"
         ;;
-    *)
+    [Ff]* | [Nn]* | 0)
         STAGE=2
         LEARNING_RATE="${LEARNING_RATE:-1e-5}" # usual for full fine-tuning ...
         LR_MULTIPLIER="${LR_MULTIPLIER:-50}"   # ... while heads want 5e-4
         echo "note: stage 2 keeps 16 bytes a weight on each GPU: (8.0 + 5 x 0.54) B x 16 = 171 GB for LLaMA-3-8B and" \
             "5 heads, more than one GPU has. Sharding (FSDP) is not in this version; MODEL= a smaller one works." >&2
+        ;;
+    *)
+        echo "error: --medusa_only_heads $STAGE1 is neither True nor False" >&2
+        exit 1
         ;;
 esac
 OUTPUT_DIR="${OUTPUT_DIR:-out/llama3_8b_medusa_stage$STAGE}"

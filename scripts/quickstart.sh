@@ -23,12 +23,14 @@ if [ ! -d "$MODEL" ]; then
 fi
 
 echo "== 2/3 training 3 heads"
-rm -rf "$OUTPUT_DIR"
+if [ -f "$OUTPUT_DIR/train_command.txt" ]; then
+    rm -rf "$OUTPUT_DIR" # an earlier quickstart's result, and nothing else
+fi
 # shellcheck disable=SC2086  # DATA is several words
 "$PY" train.py --model_name_or_path "$MODEL" $DATA --output_dir "$OUTPUT_DIR" --medusa_only_heads True \
     --medusa_num_heads 3 --medusa_heads_coefficient 1 --learning_rate 2e-3 --lr_scheduler_type cosine \
     --warmup_steps 0.1 --max_steps "${MAX_STEPS:-90}" --per_device_train_batch_size 8 --bf16 "$BF16" \
-    --logging_steps 10 --save_strategy no --do_eval False
+    --logging_steps 10 --save_strategy no
 
 echo "== 3/3 how often each head is right on 50 conversations it never saw"
 # shellcheck disable=SC2086

@@ -110,3 +110,21 @@ def test_an_unknown_flag_is_one_sentence(tmp_path):
     known = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path)]
     with pytest.raises(BadInput, match="--medusa_heads_number"):
         parse([*known, "--medusa_heads_number", "3"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--torch_empty_cache_steps", "2"),
+        ("--bf16_full_eval", "True"),
+        ("--medusa_only_heads", "True", "--neftune_noise_alpha", "5"),
+        ("--push_to_hub", "True", "--hub_strategy", "every_save"),
+        ("--medusa_lr_multiplier", "-1"),
+        ("--medusa_only_heads", "True", "--medusa_heads_coefficient", "0"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, tmp_path):
+    base = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path)]
+    name = next(flag for flag in reversed(flags) if flag.startswith("--") and flag != "--hub_strategy")
+    with pytest.raises(BadInput, match=name):
+        parse([*base, *flags])

@@ -43,6 +43,22 @@ def test_stage_2_has_learning_rates_of_its_own(flags):
     assert training.output_dir.endswith("stage2") and "171 GB" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "stage"),
+    [
+        (("--medusa_only_heads", "TRUE"), 1),
+        (("--medusa_only_heads", "y"), 1),
+        (("--medusa_only_heads", "--packing", "True"), 1),
+        (("--medusa-only-heads", "no"), 2),
+        (("--medusa_only_heads", "0"), 2),
+    ],
+)
+def test_every_spelling_the_parser_takes_means_the_same_to_the_script(flags, stage):
+    training = flags_of(start(*flags, NUM_GPUS="1"))[2]
+    assert training.medusa_only_heads == (stage == 1)
+    assert training.learning_rate == (1e-3 if stage == 1 else 1e-5)
+
+
 def test_several_gpus_go_through_accelerate():
     words = start(NUM_GPUS="8").stdout.split()
     assert words[words.index("--num_processes") + 1] == "8" and words.index("train.py") > words.index("--multi_gpu")
@@ -53,6 +69,10 @@ def test_appended_flags_and_variables_win():
     model, data, training = flags_of(done)
     assert model.medusa_num_heads == 3 and training.learning_rate == 5e-4
     assert model.model_name_or_path == "mine" and data.model_max_length == 4096
+
+
+def test_neither_true_nor_false():
+    assert start("--medusa_only_heads", "maybe", NUM_GPUS="1").returncode == 1
 
 
 def test_without_a_gpu_it_says_so():

@@ -13,6 +13,7 @@ from conftest import logged, make_backbone, make_conversations, make_tokenizer, 
 from safetensors.torch import load_file
 
 import train as script
+from arguments import TrainingArguments
 from errors import BadInput
 from medusa_model import MedusaModel
 from medusa_trainer import MedusaTrainer
@@ -257,11 +258,13 @@ def test_trust_remote_code_is_only_passed_when_asked_for(train, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
-    loss = MedusaModel.head_loss
+    """Also with accumulation, where the NaN is in the first of two micro-batches."""
+    loss, calls = MedusaModel.head_loss, []
 
     def spoiled(self, k, *args):
         out = loss(self, k, *args)
-        if k == 2 and trainer_step() == 3:
+        if k == 2 and trainer_step() == 3 and not calls:
+            calls.append(k)
             out.loss_sum = out.loss_sum * torch.nan
         return out
 
@@ -273,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     trainer_step = lambda: trainers[-1].state.global_step  # noqa: E731
     monkeypatch.setattr(MedusaModel, "head_loss", spoiled)
     with pytest.raises(FloatingPointError, match="step 4: the loss of head 2 is nan"):
-        train("--max_steps", 6, "--save_steps", 2, "--medusa_only_heads", True)
+        train("--max_steps", 6, "--save_steps", 2, "--medusa_only_heads", True, "--gradient_accumulation_steps", 2)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     MedusaModel.from_pretrained(tmp_path / "out" / "checkpoint-2")
 
@@ -309,6 +312,24 @@ def test_standard_trainer_features(train):
         assert all(value > 0 for value in logged(out, key)) and len(logged(out, key)) == 6
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_load_best_model_at_end(stage, train):
+    """Best is made to mean the highest loss, so that it is not the last checkpoint."""
+    out = train(
+        "--max_steps", 6, "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--eval_holdout", 8,
+        "--load_best_model_at_end", True, "--medusa_only_heads", stage == 1, "--greater_is_better", True,
+    )  # fmt: skip
+    best = json.loads((out / "trainer_state.json").read_text())["best_global_step"]
+    assert best < 6
+    assert_same(weights(out), weights(out / f"checkpoint-{best}"))
+
+
+def test_one_process_uses_one_of_several_gpus(monkeypatch, tmp_path):
+    """The Trainer would wrap the model in DataParallel and draw a batch for each GPU it sees."""
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    assert TrainingArguments(output_dir=str(tmp_path))._n_gpu == 1
+
+
 # ---- bad input: one sentence, exit status 1, nothing half-written ----
 
 
@@ -323,6 +344,7 @@ def test_standard_trainer_features(train):
         (("--resume_from_checkpoint", True), "no complete checkpoint"),
         (("--resume_from_checkpoint", "elsewhere"), "elsewhere is not a complete checkpoint"),
         (("--chat_template", "nothing.jinja"), r"nothing\.jinja"),
+        (("--model_max_length", 4, "--lazy_preprocess", True), "none of the first 20 conversations"),
     ],
 )
 def test_bad_flags_leave_nothing_behind(flags, message, train, tmp_path):
@@ -338,7 +360,10 @@ def test_a_tokenizer_larger_than_the_model(train, tmp_path):
         train("--model_name_or_path", tmp_path / "small")
 
 
-def test_an_output_directory_of_another_run_is_not_written_over(train):
+def test_an_output_directory_of_another_run_is_not_written_over(train, tmp_path):
+    other = tmp_path / "other"
+    make_backbone().save_pretrained(other)
+    make_tokenizer("llama3").save_pretrained(other)
     out = train("--max_steps", 1, "--medusa_only_heads", True)
     before = files(out)
     with pytest.raises(BadInput, match="already holds checkpoint-1"):
@@ -347,6 +372,8 @@ def test_an_output_directory_of_another_run_is_not_written_over(train):
         (("--medusa_num_heads", 3), "--medusa_num_heads 2, not 3"),
         (("--medusa_num_layers", 2), "--medusa_num_layers 1, not 2"),
         (("--medusa_only_heads", False), "--medusa_only_heads True, not False"),
+        (("--model_name_or_path", other), "trained with --model_name_or_path .*backbone, not .*other"),
+        (("--output_dir", out.parent / "new", "--resume_from_checkpoint", out / "checkpoint-1"), "another run's"),
     ):
         with pytest.raises(BadInput, match=message):
             train("--max_steps", 2, "--medusa_only_heads", True, "--resume_from_checkpoint", True, *flags)
