@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from errors import ACCESS, BadInput
@@ -146,7 +146,10 @@ class MedusaModel(PreTrainedModel):
             for _ in range(config.medusa_num_heads)
         )
         # Not post_init(): it would draw the zero ResBlocks anew.
-        self.softcap = getattr(backbone.config.get_text_config(), "final_logit_softcapping", None)
+        text_config = backbone.config.get_text_config()
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer compares them with the tokenizer's
+            setattr(config, name, getattr(text_config, name, None))
         self.loss_impl = "torch"  # medusa_loss.choose_impl() says which one fits the device
         self.backbone_frozen = False
         self._no_split_modules = [*(backbone._no_split_modules or []), "MedusaHead"]
@@ -315,3 +318,6 @@ def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
     for key in ("logit_scale", "logits_scaling"):
         if getattr(config, key, 1.0) not in (None, 1.0):
             raise BadInput(f"{name} scales its logits ({key} = {getattr(config, key)}): not supported")
+
+
+AutoConfig.register("medusa", MedusaConfig)  # or AutoTokenizer warns about a heads directory's config.json

@@ -46,7 +46,7 @@ def draw(path: Path, picture: Path, title: str):
                 axes.plot(*zip(*points, strict=True), color=f"C{k - 1}", label=label, **style)
     axes.set(xlabel="optimiser step", ylabel="top-1 accuracy", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(title="line: training\ndots: held out", ncols=1)
+    axes.legend(title="line: training\ndots: held out", loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(picture, facecolor="white")
 
