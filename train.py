@@ -183,7 +183,8 @@ def main():
         cache_dir=training_args.cache_dir,
         trust_remote_code=model_args.trust_remote_code,
     )
-    train_data, eval_data = build_datasets(model_args, data_args, training_args, tokenizer)
+    with training_args.main_process_first(desc="tokenising"):  # the other processes then read its cache
+        train_data, eval_data = build_datasets(model_args, data_args, training_args, tokenizer)
     model = build_model(model_args, data_args, training_args, tokenizer)
 
     trainer = MedusaTrainer(
@@ -203,6 +204,8 @@ def main():
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()
     logger.info("saved to %s", training_args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-"$(dirname "$PY")/shellcheck" --external-sources scripts/*.sh .ci/run
+PATH="$(dirname "$PY"):$PATH" shellcheck --external-sources scripts/*.sh .ci/run
 exec "$PY" -m pytest "$@"
