@@ -22,10 +22,6 @@ from medusa_model import MedusaModel, load_backbone
 logger = logging.getLogger(__name__)
 
 
-class StepCounts(list):
-    """Row counts of one optimiser step, index = head: what every loss of the step is divided by."""
-
-
 class MedusaTrainer(Trainer):
     """meter: an `EfficiencyCallback`, or None. It is told what each step holds and asked for its figures."""
 
@@ -67,10 +63,13 @@ class MedusaTrainer(Trainer):
         *rows, tokens, slots, pairs = self.accelerator.reduce(counts).tolist()
         if self.meter is not None:
             self.meter.count(rows=rows, tokens=tokens, slots=slots, pairs=pairs)
-        return batches, StepCounts(rows)
+        return batches, rows
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: StepCounts | None = None):
-        """One micro-batch forward and backward; returns its share of the step's loss."""
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: list[int] | None = None):
+        """One micro-batch forward and backward; returns its share of the step's loss.
+
+        num_items_in_batch: rows per head of the whole step, which `get_batch_samples` counted.
+        """
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimisers
             self.optimizer.train()
