@@ -258,7 +258,7 @@ class MedusaModel(PreTrainedModel):
         )
 
     def save_pretrained(self, save_directory, is_main_process=True, include_backbone=None, **kwargs):
-        """Writes the heads (stage 1) or the backbone and the heads (stage 2, design section 3.2).
+        """Writes the heads (stage 1) or the backbone and the heads (stage 2: a plain checkpoint and `medusa_heads/`).
 
         include_backbone defaults to whether the backbone trains. Other arguments of transformers' method are
         accepted and not needed: heads are one safetensors file.
