@@ -204,9 +204,10 @@ def main():
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()
     logger.info("saved to %s", training_args.output_dir)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     errors.run(main)
+    if torch.distributed.is_initialized():  # after main's objects are gone, and all ranks together
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
