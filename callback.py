@@ -78,6 +78,11 @@ class FlopCount:
         return backbone + sum(flops * n for flops, n in zip(self.per_row, rows, strict=True))
 
 
+def pauses(control) -> bool:
+    """Whether something that is no training comes next."""
+    return control.should_log or control.should_evaluate or control.should_save
+
+
 class EfficiencyCallback(TrainerCallback):
     """Measures between two logs; evaluation, checkpoints and logging are not in the time, waiting for data is.
 
@@ -136,13 +141,12 @@ class EfficiencyCallback(TrainerCallback):
         self.since_log.add(self.step)
         if self.steps_seen > self.warmup_steps:
             self.total.add(self.step)
-        if self.steps_seen == self.warmup_steps:
-            self.read_clock()
-        self.on_epoch_end(args, state, control)
+        if self.steps_seen == self.warmup_steps or pauses(control):
+            self.read_clock()  # only where it must be read: reading it drains the GPU's queue
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if control.should_log or control.should_evaluate or control.should_save:
-            self.read_clock()  # the clock is read only where it must be: reading it drains the GPU's queue
+        if pauses(control):
+            self.read_clock()
 
     def restart(self, args, state, control, **kwargs):
         self.started = self.now()

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from batches import pack
-from errors import ACCESS, BadInput
+from errors import ACCESS, BadInput, first_line
 from json_records import CUT_OFF, read_json
 from medusa_loss import IGNORE
 
@@ -73,16 +73,19 @@ def to_messages(record: object) -> tuple[list[dict], str]:
     return messages, "" if messages else "no answer by the assistant"
 
 
+def _to_row(record: object, index: int) -> dict:
+    messages, problem = to_messages(record)
+    return {"record": index + 1, "messages": messages, "problem": problem}
+
+
 def _read_local(path: str, size: int, mtime: float) -> Iterator[dict]:
     # size and mtime are only there to make datasets' cache notice a changed file
-    for number, record in enumerate(read_json(path), 1):
-        messages, problem = to_messages(record)
-        yield {"record": number, "messages": messages, "problem": problem}
+    for index, record in enumerate(read_json(path)):
+        yield _to_row(record, index)
 
 
-def _read_hub(row: dict, index: int) -> dict:
-    messages, problem = to_messages(dict(row))
-    return {"record": index + 1, "messages": messages, "problem": problem}
+def _read_hub(row, index: int) -> dict:
+    return _to_row(dict(row), index)  # datasets.map hands over a mapping of its own
 
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):
@@ -90,8 +93,7 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"cannot load a tokenizer from {name_or_path}: {reason} {ACCESS}") from error
+        raise BadInput(f"cannot load a tokenizer from {name_or_path}: {first_line(error)} {ACCESS}") from error
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text()
     if tokenizer.chat_template is None:
@@ -122,7 +124,7 @@ def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets
             data = datasets.load_dataset(data_path, split="train", cache_dir=cache_dir)
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
             raise BadInput(
-                f"{data_path} is no file here, and cannot be loaded from the Hub: {str(error).splitlines()[0]}"
+                f"{data_path} is no file here, and cannot be loaded from the Hub: {first_line(error)}"
             ) from error
         data = data.map(_read_hub, with_indices=True, features=FEATURES, remove_columns=data.column_names)
     return drop_problems(data, data_path)
@@ -270,8 +272,8 @@ def prepare(
     lazy: tokenise when a batch is drawn; nothing is known of the lengths then. packing: several conversations to
     a row of max_length tokens. by_length: shortest first, so that batches in this order need little padding.
     """
+    limits = {"max_length": max_length, "min_length": min_length}
     if lazy:
-        limits = {"max_length": max_length, "min_length": min_length}
         first = [encode_record(row, tokenizer, **limits)["problem"] for row in data.select(range(min(20, len(data))))]
         if all(first):
             raise BadInput(f"{name}: none of the first {len(first)} conversations can be used: {first[0]}")
@@ -280,7 +282,7 @@ def prepare(
     common = {"num_proc": workers if workers > 1 else None}
     data = data.map(
         encode_record,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "min_length": min_length},
+        fn_kwargs={"tokenizer": tokenizer, **limits},
         remove_columns=["messages"],
         desc="tokenising",
         **common,

@@ -60,13 +60,13 @@ def answered(output: Path, batch_size: int) -> int:
     so that a sampled answer is the same as without the kill. Raises BadInput if it is no output of this script."""
     text = output.read_text(encoding="utf-8") if output.exists() else ""
     lines = text.split("\n")[:-1]  # behind the last line end there is nothing, or a line that was cut off
+    start = '{"prompt": '
     try:
+        if text[: len(start)] != start[: len(text)]:
+            raise ValueError("not a record of this script")
         prompts = [json.loads(line)["prompt"] for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{output} exists and was not written by distill.py: choose another --output") from error
-    start = '{"prompt": '
-    if text[: len(start)] != start[: len(text)]:
-        raise BadInput(f"{output} exists and was not written by distill.py: choose another --output")
     done = max(prompts, default=0) // batch_size * batch_size
     kept = "".join(line + "\n" for line, prompt in zip(lines, prompts, strict=True) if prompt <= done)
     if kept != text:

@@ -15,6 +15,11 @@ class BadInput(ValueError):
     """The input, the flags or a checkpoint cannot be used. Its text is all a user needs to read."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says first; the name of its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def run(main):
     """Runs a script's `main`; turns the errors a user can mend into one line on stderr and exit status 1.
 
@@ -29,7 +34,7 @@ def run(main):
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"error: out of GPU memory ({str(error).splitlines()[0]}). Lower --per_device_train_batch_size "
+            f"error: out of GPU memory ({first_line(error)}). Lower --per_device_train_batch_size "
             "(and raise --gradient_accumulation_steps by as much), --model_max_length or --medusa_num_heads; "
             "in stage 2 add --gradient_checkpointing True."
         )

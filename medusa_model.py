@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from errors import ACCESS, BadInput
+from errors import ACCESS, BadInput, first_line
 from medusa_checkpoint import HEADS_DIR, find_heads, load_heads, save_heads
 from medusa_loss import IGNORE, linear_cross_entropy, shifted_targets
 
@@ -66,6 +66,12 @@ class HeadLoss:
     loss_sum: torch.Tensor
     correct: torch.Tensor
     rows: int
+
+    def add_to(self, sums: torch.Tensor):
+        """Adds the three to `sums` `[3]`, float64: exact for counts, and no copy from the host for `rows`."""
+        sums[0] += self.loss_sum.detach()
+        sums[1] += self.correct
+        sums[2] += self.rows
 
 
 def projection_loss(
@@ -120,11 +126,13 @@ def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
 class MedusaOutput(ModelOutput):
     """`loss` is `[head 0's loss, if it was computed +] sum_k lambda_k * L_k`. `head_losses` and
     `head_accuracies` (top-1) are `[K+1]`, index = head, NaN where head 0 was not computed; a head without rows
-    has loss 0. Without labels: `logits` `[K+1, B, T, V]`, or `last_hidden_state` `[B, T, H]` if asked for."""
+    has loss 0. `head_sums` `[K+1, 3]` is what they are made of: summed loss, right guesses, rows.
+    Without labels: `logits` `[K+1, B, T, V]`, or `last_hidden_state` `[B, T, H]` if asked for."""
 
     loss: torch.Tensor | None = None
     head_losses: torch.Tensor | None = None
     head_accuracies: torch.Tensor | None = None
+    head_sums: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
 
@@ -242,20 +250,18 @@ class MedusaModel(PreTrainedModel):
             return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
         num_heads = len(self.medusa_heads)
         head_weights = head_weights or [1.0] * (num_heads + 1)
-        losses, accuracies, total = [], [], 0.0
-        for k in range(num_heads + 1):
-            if k == 0 and (self.backbone_frozen or head_weights[0] == 0):
-                losses.append(torch.full((), torch.nan, device=hidden.device))
-                accuracies.append(losses[0])
-                continue
+        first = 1 if self.backbone_frozen or head_weights[0] == 0 else 0
+        sums = torch.zeros(num_heads + 1, 3, dtype=torch.float64, device=hidden.device)
+        losses, total = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32), 0.0
+        for k in range(first, num_heads + 1):
             out = self.head_loss(k, hidden, labels, position_ids)
+            out.add_to(sums[k])
             loss = out.loss_sum / max(1, rows[k] if rows else out.rows)
+            losses[k] = loss.detach()
             total = total + head_weights[k] * loss
-            losses.append(loss)
-            accuracies.append(out.correct / max(1, out.rows))
-        return MedusaOutput(
-            loss=total, head_losses=torch.stack(losses).detach(), head_accuracies=torch.stack(accuracies)
-        )
+        accuracies = (sums[:, 1] / sums[:, 2].clamp(min=1)).float()
+        accuracies[:first] = torch.nan
+        return MedusaOutput(loss=total, head_losses=losses, head_accuracies=accuracies, head_sums=sums)
 
     def save_pretrained(self, save_directory, is_main_process=True, include_backbone=None, **kwargs):
         """Writes the heads (stage 1) or the backbone and the heads (stage 2: a plain checkpoint and `medusa_heads/`).
@@ -304,8 +310,7 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"cannot load the backbone {name_or_path}: {reason} {ACCESS}") from error
+        raise BadInput(f"cannot load the backbone {name_or_path}: {first_line(error)} {ACCESS}") from error
 
 
 def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):

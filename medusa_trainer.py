@@ -80,19 +80,14 @@ class MedusaTrainer(Trainer):
             weight * self.accelerator.num_processes / max(1, rows)
             for weight, rows in zip(weights, num_items_in_batch, strict=True)
         ]
-        first = 0 if weights[0] else 1
-        sums = torch.zeros_like(self.window)
-        if self.one_by_one:
-            loss = self._one_by_one(inputs, scales, first, sums)
-        else:
-            loss = self._all_at_once(model, inputs, scales, first, sums)
-        self.window += sums
-        self.step_sums += sums
+        loss = self._one_by_one(inputs, scales) if self.one_by_one else self._all_at_once(model, inputs, scales)
         if self.accelerator.sync_gradients:
             self._stop_if_not_finite()
+            self.window += self.step_sums
+            self.step_sums.zero_()
         return loss
 
-    def _one_by_one(self, inputs, scales, first, sums):
+    def _one_by_one(self, inputs, scales):
         """Peak memory grows with one head, not with K + 1 (arXiv 2404.19737, section 2): a head's forward and
         backward, then the next one's; d_hidden adds up in `leaf`, and goes through the backbone once."""
         medusa, labels, position_ids = self.medusa, inputs["labels"], inputs.get("position_ids")
@@ -101,31 +96,27 @@ class MedusaTrainer(Trainer):
             # No attention mask: padding is on the right, where causal attention never looks from a real token.
             hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
-        for k in range(first, self.num_heads + 1):
+        for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
             with self.accelerator.autocast():
                 out = medusa.head_loss(k, leaf, labels, position_ids)
             scaled = out.loss_sum * scales[k]
             scaled.backward()
             loss += scaled.detach()
-            sums[k] = torch.stack((out.loss_sum.detach().double(), out.correct.double(), sums.new_tensor(out.rows)))
+            out.add_to(self.step_sums[k])
         if not medusa.backbone_frozen:
             hidden.backward(leaf.grad)
         return loss
 
-    def _all_at_once(self, model, inputs, scales, first, sums):
+    def _all_at_once(self, model, inputs, scales):
         inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
         out = model(**inputs, head_weights=scales, rows=[1] * len(scales))
         out.loss.backward()
-        for k in range(first, self.num_heads + 1):
-            rows = count_rows(shifted_targets(inputs["labels"], k + 1, inputs.get("position_ids")))
-            sums[k] = torch.stack((out.head_losses[k].double(), out.head_accuracies[k].double() * rows, rows.double()))
+        self.step_sums += out.head_sums
         return out.loss.detach()
 
     def _stop_if_not_finite(self):
         """Before the optimiser sees it: a NaN in any micro-batch of the step would spoil every weight."""
-        values = self.step_sums[:, 0].tolist()
-        self.step_sums.zero_()
-        for k, value in enumerate(values):
+        for k, value in enumerate(self.step_sums[:, 0].tolist()):
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"step {self.state.global_step + 1}: the loss of head {k} is {value}. Nothing was saved after the "
@@ -202,8 +193,7 @@ class MedusaTrainer(Trainer):
                 position_ids = inputs.get("position_ids")
                 hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
                 for k in range(self.num_heads + 1):
-                    out = medusa.head_loss(k, hidden, inputs["labels"], position_ids)
-                    sums[k] += torch.stack((out.loss_sum.double(), out.correct.double(), sums.new_tensor(out.rows)))
+                    medusa.head_loss(k, hidden, inputs["labels"], position_ids).add_to(sums[k])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics, total = {}, 0.0
         weights = self.head_weights()
