@@ -14,6 +14,10 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "The backbone: a Hub id or a local directory."})
     medusa_num_heads: int = field(default=5, metadata={"help": "K: head k predicts the token at t + k + 1."})
     medusa_num_layers: int = field(default=1, metadata={"help": "ResBlocks per head; 0 is a projection alone."})
+    medusa_heads_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from these trained heads (a stage 1 output_dir): for stage 2, or more of stage 1."},
+    )
     medusa_return: bool = field(
         default=True,
         metadata={"help": "False: no heads. Fine-tunes the backbone through the same data and loss, to compare with."},
@@ -83,8 +87,16 @@ class TrainingArguments(transformers.TrainingArguments):
     medusa_lr_multiplier: float = field(
         default=1.0, metadata={"help": "The heads' learning rate over --learning_rate, which the backbone has."}
     )
+    offload_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "Stage 2: what --gradient_checkpointing keeps (each layer's input, B x T x H x 2 bytes) waits in "
+            "the CPU's memory for the backward pass. Slower; for long sequences."
+        },
+    )
 
     def __post_init__(self):
+        self.check_gpus()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # or --bf16 is refused, though a CPU computes in bf16 too
             self.dataloader_pin_memory = False
@@ -94,6 +106,20 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # columns are chat_data's business
         # The Trainer's filter replaces a NaN loss by the average and trains on; MedusaTrainer stops instead.
         self.logging_nan_inf_filter = False
+        if env_flag("ACCELERATE_USE_FSDP") and self.accelerator_config.gradient_accumulation_kwargs is None:
+            # Without it each rank would add up the whole gradient over the micro-batches, 43 GB for 8B and 5 heads.
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+    @staticmethod
+    def check_gpus():
+        asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if there and asked > there and not env_flag("ACCELERATE_USE_CPU"):
+            raise BadInput(f"{asked} processes were started here, but there are {there} GPUs: one process per GPU")
+
+
+def env_flag(name: str) -> bool:
+    """Whether accelerate launch, or the user, has switched it on."""
+    return os.environ.get(name, "false").lower() in ("1", "true", "yes", "on")
 
 
 RENAMED = {  # flags of older transformers, which its parser would only call unknown
@@ -146,6 +172,15 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
         ),
         "--torch_compile is not supported: the heads run one after the other, outside the model's forward": (
             training.torch_compile
+        ),
+        "--medusa_heads_path goes with heads, not with --medusa_return False": (
+            model.medusa_heads_path is not None and not model.medusa_return
+        ),
+        "--offload_activations keeps what --gradient_checkpointing True of stage 2 leaves: use it with that": (
+            training.offload_activations and (training.medusa_only_heads or not training.gradient_checkpointing)
+        ),
+        "--dtype bfloat16 has no effect under FSDP, which keeps a shard of fp32 weights: leave it out": (
+            model.dtype == "bfloat16" and env_flag("ACCELERATE_USE_FSDP")
         ),
         "--model_name_or_path is empty": not model.model_name_or_path,
         "--torch_empty_cache_steps is not supported": training.torch_empty_cache_steps is not None,

@@ -63,7 +63,7 @@ class FlopCount:
         """For a MedusaModel; LLaMA-3-8B: 13.96 GFLOP a token, 0.52 MFLOP a pair, 3.25 GFLOP a row."""
         decoder, config = model.backbone.get_decoder(), model.backbone.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        lm_head = 0 if model.backbone_frozen else model.get_output_embeddings().weight.numel()
+        lm_head = 0 if model.backbone_frozen else model.lm_head.weight.numel()
         return cls(
             per_token=2.0 * sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear)),
             per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,

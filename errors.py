@@ -32,6 +32,9 @@ def run(main):
         if os.environ.get("MEDUSA_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: go on from the last checkpoint with --resume_from_checkpoint True", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells count
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"error: out of GPU memory ({first_line(error)}). Lower --per_device_train_batch_size "

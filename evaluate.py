@@ -43,7 +43,7 @@ def rank_counts(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch
 @torch.inference_mode()
 def evaluate(model: MedusaModel, batches, progress=tqdm) -> dict:
     """-> {"rows": [K+1], "top": [K+1][TOP], "before": [K+1][TOP]}, index = head; accuracies of rank <= 1..TOP."""
-    lm_head, heads, softcap = model.get_output_embeddings(), model.medusa_heads, model.softcap
+    lm_head, heads, softcap = model.lm_head, model.medusa_heads, model.softcap
     device = lm_head.weight.device
     rows = torch.zeros(len(heads) + 1, dtype=torch.int64, device=device)
     top, before = (torch.zeros(len(heads) + 1, TOP, dtype=torch.int64, device=device) for _ in range(2))

@@ -24,9 +24,17 @@ def write_atomically(path: Path, write):
     """`write(temporary path)`, fsync, rename: whatever happens, `path` is the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
+    fsync(temporary)
     os.replace(temporary, path)
+
+
+def fsync(path: Path):
+    """Waits until a file, or the list of a directory's entries, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_heads(state_dict: dict[str, torch.Tensor], config: dict, directory: Path):

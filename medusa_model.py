@@ -12,6 +12,7 @@ head 0 and predicts t + 1. A head is n ResBlocks and a projection to the vocabul
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,11 @@ class ResBlock(nn.Module):
         return x + F.silu(self.linear(x))
 
 
-@dataclass
-class HeadLoss:
-    """One head on one batch: summed loss (fp32 scalar), right top-1 guesses (int64 scalar), number of rows."""
+class HeadLoss(NamedTuple):
+    """One head on one batch: summed loss (fp32 scalar), right top-1 guesses (int64 scalar), number of rows.
+
+    A tuple, so that FSDP finds the tensors in a head's output and hangs its hooks on them.
+    """
 
     loss_sum: torch.Tensor
     correct: torch.Tensor
@@ -163,8 +166,13 @@ class MedusaModel(PreTrainedModel):
         self._no_split_modules = [*(backbone._no_split_modules or []), "MedusaHead"]
 
     @classmethod
-    def from_backbone(cls, backbone: PreTrainedModel, config: MedusaConfig, dtype=None) -> "MedusaModel":
-        """Adds untrained heads that equal the `lm_head` exactly. `dtype` is the heads' (default: the backbone's)."""
+    def from_backbone(
+        cls, backbone: PreTrainedModel, config: MedusaConfig, dtype=None, fill: bool = True
+    ) -> "MedusaModel":
+        """Adds untrained heads that equal the `lm_head` exactly. `dtype` is the heads' (default: the backbone's).
+
+        fill=False leaves their memory untouched, for a process that another one sends the weights to.
+        """
         lm_head = backbone.get_output_embeddings()
         check_backbone(backbone, lm_head)
         vocab_size, hidden_size = lm_head.weight.shape
@@ -182,6 +190,8 @@ class MedusaModel(PreTrainedModel):
         with torch.device("meta"):  # a random init of K x vocab x hidden numbers would only be overwritten
             model = cls(config, backbone)
         model.medusa_heads.to(dtype=dtype or lm_head.weight.dtype).to_empty(device=lm_head.weight.device)
+        if not fill:
+            return model
         with torch.no_grad():
             for *blocks, projection in model.medusa_heads:
                 for block in blocks:
@@ -201,14 +211,22 @@ class MedusaModel(PreTrainedModel):
             self.backbone.eval()
         return self
 
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
 
     def get_output_embeddings(self):
-        return self.backbone.get_output_embeddings()
+        return self.lm_head
 
     def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
         """`[B, T]` -> `[B, T, H]`, what all heads read: the decoder's output after its last norm."""
+        return self.decode(input_ids, attention_mask, position_ids)
+
+    def decode(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
+        # Apart from last_hidden_state, which under FSDP2 first gathers the root's weights: in forward they are whole.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             return self.backbone.get_decoder()(
                 input_ids=input_ids,
@@ -222,7 +240,10 @@ class MedusaModel(PreTrainedModel):
         targets = shifted_targets(labels, k + 1, position_ids)
         if k > 0:
             return self.medusa_heads[k - 1](hidden, targets, self.loss_impl, self.softcap)
-        return projection_loss(hidden, targets, self.get_output_embeddings().weight, self.loss_impl, self.softcap)
+        return self.lm_head_loss(hidden, targets)
+
+    def lm_head_loss(self, hidden, targets) -> HeadLoss:
+        return projection_loss(hidden, targets, self.lm_head.weight, self.loss_impl, self.softcap)
 
     def forward(
         self,
@@ -237,20 +258,20 @@ class MedusaModel(PreTrainedModel):
         """All `[B, T]`. Every head forward, then one backward by the caller: the plain form of the training step
         (`medusa_trainer` runs one head after the other instead, where it can).
 
-        head_weights: K+1 weights of the heads in the loss (default: 1 for all); head 0 is left out where the
-            backbone is frozen or its weight is 0.
+        head_weights: K+1 weights of the heads in the loss. Default: 1, and 0 for head 0 where the backbone is frozen;
+            head 0 is not computed if its weight is 0.
         rows: K+1 row counts to divide by, those of the whole optimiser step (default: this batch's).
         """
-        hidden = self.last_hidden_state(input_ids, attention_mask, position_ids)
+        hidden = self.decode(input_ids, attention_mask, position_ids)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
         if labels is None:
-            lm_logits = cap(self.get_output_embeddings()(hidden), self.softcap)
+            lm_logits = cap(self.lm_head(hidden), self.softcap)
             heads = [head(hidden, softcap=self.softcap).to(lm_logits.dtype) for head in self.medusa_heads]
             return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
         num_heads = len(self.medusa_heads)
-        head_weights = head_weights or [1.0] * (num_heads + 1)
-        first = 1 if self.backbone_frozen or head_weights[0] == 0 else 0
+        head_weights = head_weights or [0.0 if self.backbone_frozen else 1.0] + [1.0] * num_heads
+        first = 1 if head_weights[0] == 0 else 0
         sums = torch.zeros(num_heads + 1, 3, dtype=torch.float64, device=hidden.device)
         losses, total = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32), 0.0
         for k in range(first, num_heads + 1):
@@ -263,26 +284,32 @@ class MedusaModel(PreTrainedModel):
         accuracies[:first] = torch.nan
         return MedusaOutput(loss=total, head_losses=losses, head_accuracies=accuracies, head_sums=sums)
 
-    def save_pretrained(self, save_directory, is_main_process=True, include_backbone=None, **kwargs):
+    def save_pretrained(
+        self, directory, is_main_process=True, state_dict=None, include_backbone=None, final_directory=None, **kwargs
+    ):
         """Writes the heads (stage 1) or the backbone and the heads (stage 2: a plain checkpoint and `medusa_heads/`).
 
-        include_backbone defaults to whether the backbone trains. Other arguments of transformers' method are
-        accepted and not needed: heads are one safetensors file.
+        state_dict: whole tensors by name, where the model itself holds only a part of each.
+        include_backbone: default: whether the backbone trains.
+        final_directory: where the files will be moved to; the heads' config points at the backbone there.
+        Other arguments of transformers' method are accepted and not needed: heads are one safetensors file.
         """
         if not is_main_process:
             return
-        directory = Path(save_directory)
+        directory = Path(directory)
+        if state_dict is None:
+            state_dict = self.state_dict()
         if include_backbone is None:
             include_backbone = not self.backbone_frozen
         if include_backbone:
-            self.backbone.save_pretrained(directory)
+            self.backbone.save_pretrained(directory, state_dict=under("backbone.", state_dict))
         if len(self.medusa_heads) == 0:
             return
         config = self.config.to_dict()
         if include_backbone:
-            config["base_model_name_or_path"] = str(directory.resolve())
+            config["base_model_name_or_path"] = str(Path(final_directory or directory).resolve())
             directory = directory / HEADS_DIR
-        save_heads(self.medusa_heads.state_dict(), config, directory)
+        save_heads(under("medusa_heads.", state_dict), config, directory)
 
     @classmethod
     def from_pretrained(cls, directory, base_model_name_or_path=None, dtype=None, heads_dtype=None, **kwargs):
@@ -303,12 +330,26 @@ class MedusaModel(PreTrainedModel):
         return model.eval()
 
 
+def under(prefix: str, state_dict: dict) -> dict:
+    """The entries whose name starts with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+
+
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` whose failures are one sentence. Raises BadInput."""
+    return _load(AutoModelForCausalLM, name_or_path, **kwargs)
+
+
+def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+    """`AutoConfig.from_pretrained` with the same care."""
+    return _load(AutoConfig, name_or_path, **kwargs)
+
+
+def _load(auto_class, name_or_path: str, **kwargs):
     if os.path.sep in name_or_path and name_or_path[0] in "./~" and not os.path.isdir(name_or_path):
         raise BadInput(f"there is no model directory {name_or_path}: give an existing one or a Hub id")
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        return auto_class.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"cannot load the backbone {name_or_path}: {first_line(error)} {ACCESS}") from error
 

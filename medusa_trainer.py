@@ -1,46 +1,59 @@
-"""What the HF Trainer lacks for Medusa heads: one head after the other, exact means, groups, heads-only files.
+"""What the HF Trainer lacks for Medusa heads: one head after the other, exact means, groups, whole checkpoints.
 
 Loss of an optimiser step: L = [stage 2: L_0] + lambda_0 * sum_k lambda_k * L_k, where L_k is the mean over head
 k's rows of the whole step (all micro-batches, all ranks). So one batch of 8, two micro-batches of 4 and two
 processes of 4 give the same update, however long the conversations are.
 """
 
+import contextlib
+import json
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn as nn
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
+import medusa_fsdp
+import training_state
 from batches import LengthGroupedSampler
 from errors import BadInput
 from medusa_checkpoint import find_heads, load_heads
-from medusa_loss import count_rows, shifted_targets
-from medusa_model import MedusaModel, load_backbone
+from medusa_loss import IGNORE, count_rows, shifted_targets
+from medusa_model import MedusaModel
 
 logger = logging.getLogger(__name__)
 
 
 class MedusaTrainer(Trainer):
-    """meter: an `EfficiencyCallback`, or None. It is told what each step holds and asked for its figures."""
+    """meter: an `EfficiencyCallback`, or None. It is told what each step holds and asked for its figures.
+    run: what a checkpoint's run.json says of the run it belongs to.
+    """
 
-    def __init__(self, *args, meter=None, **kwargs):
+    def __init__(self, *args, meter=None, run=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.meter = meter
+        self.meter, self.run = meter, run or {}
         if meter is not None:
             self.add_callback(meter)
         self.num_heads = len(self.medusa.medusa_heads)
         # Per head: summed loss, right guesses, rows; of the steps since the last log.
         self.window = torch.zeros(self.num_heads + 1, 3, dtype=torch.float64, device=self.args.device)
         self.step_sums = torch.zeros_like(self.window)  # the same of one optimiser step
-        self.one_by_one = self.args.world_size == 1
-        logger.info(
-            "training step: %s",
-            "one head after the other (forward and backward), then the backbone"
-            if self.one_by_one
-            else "all heads forward, then one backward (several processes)",
-        )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            medusa_fsdp.configure(plugin, self.medusa)
+        # Not under FSDP1 (it allows one end of backward a step) nor DDP (it marks each weight ready once a step).
+        self.one_by_one = self.args.world_size == 1 or getattr(plugin, "fsdp_version", 0) == 2
+        where = f"FSDP{plugin.fsdp_version}" if plugin else "DDP" if self.args.world_size > 1 else "one process"
+        form = "all heads forward, then one backward"
+        if self.one_by_one:
+            form = "one head after the other (forward and backward), then the backbone"
+        logger.info("training step: %s (%s)", form, where)
 
     @property
     def medusa(self) -> MedusaModel:
@@ -59,11 +72,19 @@ class MedusaTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
+        self._mask_repeated(batches[-1])
         counts = torch.stack([batch_counts(batch, self.num_heads) for batch in batches]).sum(0).to(device)
         *rows, tokens, slots, pairs = self.accelerator.reduce(counts).tolist()
         if self.meter is not None:
             self.meter.count(rows=rows, tokens=tokens, slots=slots, pairs=pairs)
         return batches, rows
+
+    def _mask_repeated(self, batch: dict):
+        """The last batch of an epoch may lack conversations; accelerate fills it up with some from the start, so that
+        all ranks have as many batches. They are no rows here, or several processes would train on more than one."""
+        state, size = self.accelerator.gradient_state, len(batch["labels"])
+        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            batch["labels"][max(0, state.remainder - self.args.process_index * size) :] = IGNORE
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: list[int] | None = None):
         """One micro-batch forward and backward; returns its share of the step's loss.
@@ -92,19 +113,31 @@ class MedusaTrainer(Trainer):
         backward, then the next one's; d_hidden adds up in `leaf`, and goes through the backbone once."""
         medusa, labels, position_ids = self.medusa, inputs["labels"], inputs.get("position_ids")
         loss = torch.zeros((), device=self.args.device)
-        with self.accelerator.autocast():
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
+        with self.accelerator.autocast(), offload if self.args.offload_activations else contextlib.nullcontext():
             # No attention mask: padding is on the right, where causal attention never looks from a real token.
             hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
+        last, gradients = [hidden], []
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
+            # Under FSDP2 tied embeddings are in the root unit, whose gradients are reduced with the backbone's.
+            with_backbone = k == 0 and medusa_fsdp.in_root_unit(medusa.lm_head, medusa)
+            medusa_fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
             with self.accelerator.autocast():
-                out = medusa.head_loss(k, leaf, labels, position_ids)
+                out = medusa.head_loss(k, hidden if with_backbone else leaf, labels, position_ids)
             scaled = out.loss_sum * scales[k]
-            scaled.backward()
+            if with_backbone:
+                last.append(scaled)
+            else:
+                scaled.backward()
             loss += scaled.detach()
             out.add_to(self.step_sums[k])
+            del out, scaled
         if not medusa.backbone_frozen:
-            hidden.backward(leaf.grad)
+            gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), None][: len(last)]
+            if len(last) > 1:
+                medusa_fsdp.gather(medusa)
+            torch.autograd.backward(last, gradients)
         return loss
 
     def _all_at_once(self, model, inputs, scales):
@@ -182,19 +215,19 @@ class MedusaTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Loss and top-1 of every head, the backbone's `lm_head` (head 0) included: exact means over all rows.
         `{prefix}_loss` is the training loss at full lambda_0. No logits are kept."""
-        medusa = self.medusa
-        medusa.eval()
+        model = self.model_wrapped
+        model.eval()
         if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):  # schedule-free optimisers
             self.optimizer.eval()
+        medusa_fsdp.keep_whole_between_forward_and_backward(self.medusa, False)
         sums = torch.zeros_like(self.window)
         for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
+            self._mask_repeated(inputs)
+            inputs = {key: value for key, value in self._prepare_inputs(inputs).items() if key != "attention_mask"}
             with torch.no_grad(), self.accelerator.autocast():
-                position_ids = inputs.get("position_ids")
-                hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
-                for k in range(self.num_heads + 1):
-                    medusa.head_loss(k, hidden, inputs["labels"], position_ids).add_to(sums[k])
+                sums += model(**inputs, head_weights=[1.0] * len(sums)).head_sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        medusa_fsdp.keep_whole_between_forward_and_backward(self.medusa, True)
         metrics, total = {}, 0.0
         weights = self.head_weights()
         for k, (loss, correct, rows) in enumerate(self.accelerator.reduce(sums).tolist()):
@@ -207,34 +240,128 @@ class MedusaTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # the Trainer's estimate counts a backward through a frozen backbone; see EfficiencyCallback
 
-    # ---- checkpoints ----
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Heads (stage 1) or backbone and heads (stage 2), and the tokenizer; no pickled training_args.bin."""
-        if not self.args.should_save:
-            return
-        for name, parameter in self.medusa.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"step {self.state.global_step}: {name} holds NaN or infinity and was not saved; earlier "
-                    f"checkpoints in {self.args.output_dir} are intact: lower the learning rate and resume from one"
-                )
-        output_dir = output_dir or self.args.output_dir
-        self.medusa.save_pretrained(output_dir)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
+    # ---- FSDP and checkpoints ----
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        medusa_fsdp.link_units(self.medusa)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The finished files: heads (stage 1) or backbone and heads (stage 2), and the tokenizer."""
+        directory = Path(output_dir or self.args.output_dir)
+        staging = directory / f"{training_state.INCOMPLETE}model"
+        with self._writing(staging):
+            self._write_weights(staging, directory)
+            self._on_rank_0(lambda: training_state.publish_files(staging, directory))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_weights(self, directory: Path, final_directory: Path | None = None):
+        medusa = self.medusa
+        state_dict = training_state.whole_weights(self.model, medusa, self.args.device)
+
+        def write():
+            medusa.save_pretrained(directory, state_dict=state_dict, final_directory=final_directory)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory)
+
+        self._on_rank_0(write)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """`checkpoint-N`, whole or not at all; the Trainer's own could be cut off in the middle."""
+        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == final or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        staging = final.with_name(training_state.INCOMPLETE + final.name)
+        with self._writing(staging):
+            if self.medusa.backbone_frozen:
+                self._write_weights(staging)
+            optimizer = None if self.args.save_only_model else self.optimizer.optimizer
+            if optimizer is not None or not self.medusa.backbone_frozen:
+                directory = staging / training_state.STATE_DIR
+                training_state.save_state(directory, self.model, optimizer, not self.medusa.backbone_frozen)
+            self._save_rng_state(str(staging))
+            self.accelerator.wait_for_everyone()
+            self._on_rank_0(lambda: self._finish_checkpoint(staging, final))
+
+    def _finish_checkpoint(self, staging: Path, final: Path):
+        torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
+        (staging / training_state.RUN_FILE).write_text(json.dumps(self.run, indent=2) + "\n")
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name = type(callback).__name__
+                kept = self.state.stateful_callbacks.get(name)
+                if isinstance(kept, list):
+                    kept.append(callback.state())
+                else:
+                    self.state.stateful_callbacks[name] = callback.state()
+        self.state.save_to_json(str(staging / "trainer_state.json"))
+        training_state.publish(staging, final)
+        rotate_checkpoints(
+            output_dir=str(final.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    @contextlib.contextmanager
+    def _writing(self, staging: Path):
+        """A fresh directory for all ranks to write into, gone again if the writing fails; refuses NaN weights."""
+        medusa, earlier = self.medusa, f"Earlier checkpoints in {self.args.output_dir} are intact"
+        bad = (
+            name
+            for name, parameter in medusa.named_parameters()
+            if parameter.requires_grad and not medusa_fsdp.local(parameter).isfinite().all()
+        )
+        bad = [name for name in gather_object([next(bad, None)]) if name is not None]
+        if bad:
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {bad[0]} holds NaN or infinity and was not saved. {earlier}: lower "
+                "the learning rate and resume from one"
+            )
+        try:
+            self._on_rank_0(lambda: training_state.start_over(staging))
+            yield
+        except training_state.WRITE_ERRORS as error:
+            if self.is_world_process_zero():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise BadInput(
+                f"could not write {staging.name} in {staging.parent}: {training_state.reason(error)}. {earlier}: free "
+                "some space and go on with --resume_from_checkpoint True"
+            ) from error
+
+    def _on_rank_0(self, action):
+        """Runs `action` on rank 0 of the whole job. If it fails, every rank raises that instead of waiting."""
+        error = [None]
+        if self.is_world_process_zero():
+            try:
+                action()
+            except training_state.WRITE_ERRORS as failure:
+                error = [training_state.reason(failure)]
+        broadcast_object_list(error)
+        if error[0] is not None:
+            raise OSError(error[0])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Puts a checkpoint's weights into the model, strictly: names, shapes and finiteness are checked."""
-        medusa = self.medusa
-        if self.num_heads:
-            _, state_dict = load_heads(find_heads(resume_from_checkpoint)[0])
-            medusa.medusa_heads.load_state_dict(state_dict, strict=True)
-        if not medusa.backbone_frozen:
-            saved = load_backbone(resume_from_checkpoint, dtype="auto")
-            medusa.backbone.load_state_dict(saved.state_dict(), strict=True)
+        """Nothing: heads are loaded before the model is sharded (train.py), stage 2's weights with Adam's moments."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        directory, stage_2 = Path(checkpoint, training_state.STATE_DIR), not self.medusa.backbone_frozen
+        training_state.load_state(directory, self.model, self.optimizer.optimizer, stage_2)
+        state = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        logger.info("loading the best weights, those of %s", best)
+        if self.medusa.backbone_frozen:
+            state_dict = load_heads(find_heads(best)[0])[1] if self.is_world_process_zero() else {}
+            training_state.set_head_weights(self.medusa, state_dict, self.args.world_size > 1)
+        else:
+            training_state.load_state(Path(best, training_state.STATE_DIR), self.model, None, True)
 
 
 def batch_counts(batch: dict, num_heads: int) -> torch.Tensor:

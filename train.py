@@ -6,7 +6,7 @@
 scripts/llama3_8b_medusa.sh is the same with settings that suit an 8B model; arguments.py has every flag.
 """
 
-import json
+import hashlib
 import logging
 import os
 import shlex
@@ -18,6 +18,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
+from accelerate.utils import gather_object
 from transformers.integrations.liger import apply_liger_kernel
 
 import errors
@@ -26,10 +27,12 @@ from batches import Collator
 from callback import EfficiencyCallback, FlopCount
 from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from errors import BadInput
-from medusa_checkpoint import HEADS_DIR, HEADS_FILE, find_heads, load_config
+from medusa_checkpoint import HEADS_DIR, HEADS_FILE, find_heads, load_config, load_heads
+from medusa_fsdp import empty_backbone, reads_weights
 from medusa_loss import choose_impl
-from medusa_model import MedusaConfig, MedusaModel, load_backbone
+from medusa_model import MedusaConfig, MedusaModel, load_backbone, load_backbone_config
 from medusa_trainer import MedusaTrainer
+from training_state import INCOMPLETE, STATE_DIR, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +62,15 @@ def build_datasets(model_args, data_args, training_args, tokenizer):
     return train_data, eval_data
 
 
-def build_model(model_args, data_args, training_args, tokenizer) -> MedusaModel:
+def build_model(model_args, data_args, training_args, tokenizer, heads_dir: Path | None) -> MedusaModel:
+    """heads_dir: where trained heads to start from are, or None for untrained ones."""
     trainable = getattr(torch, model_args.dtype)
     frozen = torch.bfloat16 if training_args.bf16 else torch.float32
-    backbone = load_backbone(
-        model_args.model_name_or_path,
-        dtype=frozen if training_args.medusa_only_heads else trainable,
-        cache_dir=training_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
+    where = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    config = load_backbone_config(model_args.model_name_or_path, **where)
+    reads = reads_weights(config, training_args)
+    backbone = (load_backbone if reads else empty_backbone)(
+        model_args.model_name_or_path, dtype=frozen if training_args.medusa_only_heads else trainable, **where
     )
     config = backbone.config.get_text_config()
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
@@ -85,7 +89,16 @@ def build_model(model_args, data_args, training_args, tokenizer) -> MedusaModel:
             medusa_num_layers=model_args.medusa_num_layers,
         ),
         dtype=trainable,
+        fill=reads,
     )
+    if heads_dir is not None:
+        fields = load_config(heads_dir)
+        for key in ("medusa_num_heads", "medusa_num_layers", "hidden_size", "vocab_size"):
+            if fields[key] != getattr(model.config, key):
+                raise BadInput(f"the heads in {heads_dir} have {key} {fields[key]}, not {getattr(model.config, key)}")
+        if reads:
+            model.medusa_heads.load_state_dict(load_heads(heads_dir)[1], strict=True)
+        logger.info("starting from the heads in %s", heads_dir)
     if training_args.medusa_only_heads:
         model.freeze_backbone()
     model.loss_impl = choose_impl(model_args.use_liger, training_args.device)
@@ -95,20 +108,25 @@ def build_model(model_args, data_args, training_args, tokenizer) -> MedusaModel:
     return model
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """The Trainer writes trainer_state.json last: a checkpoint that lacks it was cut off by a kill."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+def describe_run(model_args, training_args) -> dict:
+    """What a checkpoint and the run that goes on from it must have in common."""
+    base = model_args.model_name_or_path
+    return {
+        "medusa_num_heads": model_args.medusa_num_heads if model_args.medusa_return else 0,
+        "medusa_num_layers": model_args.medusa_num_layers,
+        "medusa_only_heads": training_args.medusa_only_heads,
+        "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
+        "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
+    }
 
 
-def find_checkpoint(model_args, training_args) -> str | None:
+def find_checkpoint(model_args, training_args) -> Path | None:
     """The checkpoint to resume from, or None. Refuses to write over what another run left behind."""
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
+    for path in output_dir.glob(f"{INCOMPLETE}*"):
+        logger.warning("%s was being written when a run ended, and is ignored", path)
     if str(resume).lower() in ("none", "false"):
         names = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
         left = [output_dir / name for name in names if (output_dir / name).exists()] + checkpoints
@@ -119,39 +137,48 @@ def find_checkpoint(model_args, training_args) -> str | None:
             )
         return None
     if str(resume).lower() == "true":
-        for path in reversed(checkpoints):
-            if is_complete(path):
-                checkpoint = path
+        for checkpoint in reversed(checkpoints):
+            if (found := read_run(checkpoint)) is not None:
                 break
-            logger.warning("%s is not complete and is ignored", path)
+            logger.warning("%s is not complete and is ignored", checkpoint)
         else:
             raise BadInput(f"--resume_from_checkpoint True: there is no complete checkpoint in {output_dir}")
     else:
         checkpoint = Path(resume)
-        if not is_complete(checkpoint):
+        if (found := read_run(checkpoint)) is None:
             raise BadInput(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint")
         if checkpoint.resolve().parent != output_dir.resolve():
             raise BadInput(f"{checkpoint} is another run's: resume with --output_dir {checkpoint.parent}")
-    if model_args.medusa_return:
-        base = model_args.model_name_or_path
-        heads_dir, stage2 = find_heads(checkpoint)
-        found = load_config(heads_dir) | {"medusa_only_heads": stage2 is None}
-        asked = {
-            "medusa_num_heads": model_args.medusa_num_heads,
-            "medusa_num_layers": model_args.medusa_num_layers,
-            "medusa_only_heads": training_args.medusa_only_heads,
-        }
-        if stage2 is None:  # a stage 2 checkpoint brings its backbone along
-            found["model_name_or_path"] = found["base_model_name_or_path"]
-            asked["model_name_or_path"] = os.path.abspath(base) if os.path.isdir(base) else base
-        for key, value in asked.items():
-            if found[key] != value:
-                raise BadInput(
-                    f"{checkpoint} was trained with --{key} {found[key]}, not {value}: use the same, or another "
-                    "--output_dir"
-                )
+    asked = describe_run(model_args, training_args)
+    for key, value in asked.items():
+        if key == "batch" and found[key] != value:
+            raise BadInput(
+                f"{checkpoint} was trained with {found[key]} conversations in an optimiser step, not {value}: choose "
+                "processes x --per_device_train_batch_size x --gradient_accumulation_steps to give that"
+            )
+        if found[key] != value:
+            raise BadInput(
+                f"{checkpoint} was trained with --{key} {found[key]}, not {value}: use the same, or another "
+                "--output_dir"
+            )
+    if not (checkpoint / STATE_DIR).is_dir():
+        raise BadInput(f"{checkpoint} has no {STATE_DIR}/: it was saved with --save_only_model and cannot be resumed")
     logger.info("resuming from %s", checkpoint)
-    return str(checkpoint)
+    return checkpoint
+
+
+def check_same_data(dataset):
+    """All processes must see the same rows: each takes its share of them by number. Raises BadInput otherwise."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for i in range(0, len(dataset), max(1, len(dataset) // 64)):
+        digest.update(str([int(token) for token in dataset[i]["input_ids"]]).encode())
+    digests = gather_object([digest.hexdigest()])
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise BadInput(
+            f"rank {different[0]} has other training data than rank 0: give all nodes the same --data_path, tokenizer "
+            "and flags"
+        )
 
 
 def write_command(training_args):
@@ -185,7 +212,13 @@ def main():
     )
     with training_args.main_process_first(desc="tokenising"):  # the other processes then read its cache
         train_data, eval_data = build_datasets(model_args, data_args, training_args, tokenizer)
-    model = build_model(model_args, data_args, training_args, tokenizer)
+    check_same_data(train_data)
+    heads_dir = None
+    if checkpoint is not None and training_args.medusa_only_heads:
+        heads_dir = checkpoint
+    elif checkpoint is None and model_args.medusa_heads_path is not None:
+        heads_dir = find_heads(model_args.medusa_heads_path)[0]
+    model = build_model(model_args, data_args, training_args, tokenizer, heads_dir)
 
     trainer = MedusaTrainer(
         model=model,
@@ -195,10 +228,11 @@ def main():
         data_collator=Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0),
         processing_class=tokenizer,
         meter=EfficiencyCallback(FlopCount.of(model), training_args.device, world_size=training_args.world_size),
+        run=describe_run(model_args, training_args),
     )
     if trainer.is_world_process_zero():
         write_command(training_args)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     if eval_data is not None:
         trainer.log_metrics("eval", trainer.evaluate())

@@ -17,6 +17,7 @@ import datasets
 import liger_kernel.transformers.functional  # noqa: F401  (while the variable is set)
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -163,6 +164,15 @@ def weights(directory) -> dict[str, torch.Tensor]:
         for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("medusa_heads/*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+def saved_state(checkpoint) -> dict[str, torch.Tensor]:
+    """What is in a checkpoint's state/: weights (`model.*`) and Adam's moments (`optimizer.*`), whole."""
+    whole = checkpoint.parent / f"{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint / "state", whole)
+    state = torch.load(whole, weights_only=True)
+    whole.unlink()
+    return {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
 
 
 @pytest.fixture

@@ -193,7 +193,8 @@ def test_in_a_real_trainer(monkeypatch, tmp_path):
         meter=meter,
     )
     trainer.training_step = slow(1.0, trainer.training_step)
-    trainer.evaluation_loop, trainer._save = slow(1000, trainer.evaluation_loop), slow(1000, trainer._save)
+    trainer.evaluation_loop = slow(1000, trainer.evaluation_loop)
+    trainer._save_checkpoint = slow(1000, trainer._save_checkpoint)
     trainer.train()
     logged = [log["step_time_s"] for log in trainer.state.log_history if "loss" in log]
     assert logged == [1.25, 1.5, 1.5]  # the very first batch is made before the clock starts
