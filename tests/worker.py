@@ -1,4 +1,4 @@
-"""One of several processes that run train.py for a test: `python tests/worker.py spec.json`, with torchrun's variables.
+"""One of several processes that run train.py for a test: `python tests/worker.py spec.json`, torchrun's variables set.
 
 spec: {"runs": [[flag, ...], ...], "fsdp": 0 | 1 | 2, "kill": null | {"rank": 0, "call": "module.name", "at": 2}}.
 Runs follow one another in the same processes, since importing takes longer than they do. `kill` ends a rank with
