@@ -9,11 +9,12 @@ import itertools
 import logging
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arguments import env_flag
 from errors import BadInput
@@ -38,11 +39,8 @@ def reads_weights(config, training_args) -> bool:
     return training_args.local_process_index == 0
 
 
-def empty_backbone(name_or_path: str, dtype: torch.dtype, trust_remote_code=False, **kwargs) -> PreTrainedModel:
+def empty_backbone(config, dtype: torch.dtype, trust_remote_code=False) -> PreTrainedModel:
     """The backbone with memory for its weights that is never touched, and so takes none; buffers are real."""
-    from accelerate import init_empty_weights
-
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
     with init_empty_weights():
         backbone = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for module in backbone.modules():

@@ -69,9 +69,11 @@ def build_model(model_args, data_args, training_args, tokenizer, heads_dir: Path
     where = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     config = load_backbone_config(model_args.model_name_or_path, **where)
     reads = reads_weights(config, training_args)
-    backbone = (load_backbone if reads else empty_backbone)(
-        model_args.model_name_or_path, dtype=frozen if training_args.medusa_only_heads else trainable, **where
-    )
+    dtype = frozen if training_args.medusa_only_heads else trainable
+    if reads:
+        backbone = load_backbone(model_args.model_name_or_path, dtype=dtype, **where)
+    else:
+        backbone = empty_backbone(config, dtype, model_args.trust_remote_code)
     config = backbone.config.get_text_config()
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
