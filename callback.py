@@ -78,6 +78,12 @@ class FlopCount:
         return backbone + sum(flops * n for flops, n in zip(self.per_row, rows, strict=True))
 
 
+def peak_process_gib() -> float:
+    """The most CPU memory this process has had at once."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
 def pauses(control) -> bool:
     """Whether something that is no training comes next."""
     return control.should_log or control.should_evaluate or control.should_save
@@ -186,8 +192,7 @@ class EfficiencyCallback(TrainerCallback):
                 "peak_allocated_gib": torch.cuda.max_memory_allocated(self.device) / GIB,
                 "peak_reserved_gib": torch.cuda.max_memory_reserved(self.device) / GIB,
             }
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB on Linux
-        return {"peak_process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+        return {"peak_process_gib": peak_process_gib()}
 
 
 @dataclass

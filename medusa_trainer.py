@@ -48,8 +48,11 @@ class MedusaTrainer(Trainer):
         if plugin is not None:
             medusa_fsdp.configure(plugin, self.medusa)
         # Not under FSDP1 (it allows one end of backward a step) nor DDP (it marks each weight ready once a step).
-        self.one_by_one = self.args.world_size == 1 or getattr(plugin, "fsdp_version", 0) == 2
+        self.one_by_one = plugin.fsdp_version == 2 if plugin else self.args.world_size == 1
         where = f"FSDP{plugin.fsdp_version}" if plugin else "DDP" if self.args.world_size > 1 else "one process"
+        sizes = self.accelerator.parallelism_config
+        if sizes is not None and sizes.dp_replicate_size > 1:
+            where += f", {sizes.dp_replicate_size} copies of {sizes.dp_shard_size} shards"
         form = "all heads forward, then one backward"
         if self.one_by_one:
             form = "one head after the other (forward and backward), then the backbone"

@@ -24,7 +24,7 @@ from transformers.integrations.liger import apply_liger_kernel
 import errors
 from arguments import parse
 from batches import Collator
-from callback import EfficiencyCallback, FlopCount
+from callback import EfficiencyCallback, FlopCount, peak_process_gib
 from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from errors import BadInput
 from medusa_checkpoint import HEADS_DIR, HEADS_FILE, find_heads, load_config, load_heads
@@ -104,6 +104,7 @@ def build_model(model_args, data_args, training_args, tokenizer, heads_dir: Path
     if training_args.medusa_only_heads:
         model.freeze_backbone()
     model.loss_impl = choose_impl(model_args.use_liger, training_args.device)
+    logger.info("rank %d built the model: %.1f GiB of CPU memory", training_args.process_index, peak_process_gib())
     if model_args.use_liger and training_args.device.type == "cuda":
         # RMSNorm, RoPE and SwiGLU only. Liger's default would also replace the backbone's forward with its own loss.
         apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from conftest import logged, make_backbone, make_conversations, make_tokenizer, weights, write_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-WORKER = Path(__file__).parent / "worker.py"
 CASES = {
     "stage 1": (True, "untied"),
     "stage 2": (False, "untied"),
@@ -27,12 +27,16 @@ CASES = {
 
 
 def start(directory: Path, fsdp: int, runs: list):
-    spec = directory / f"fsdp{fsdp}-{len(list(directory.glob('*.json')))}.json"
-    spec.write_text(json.dumps({"runs": runs, "fsdp": fsdp}))
+    """Runs train.py several times in one new process, as the only rank of an FSDP group or (0) without any."""
+    spec = directory / "runs.json"
+    spec.write_text(json.dumps(runs))
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
+    variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp), "FSDP_USE_ORIG_PARAMS": "true"}
+    variables |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, WORKER, spec],
-        env=os.environ | (variables if fsdp else {}),
+        [sys.executable, __file__, spec],
+        env=os.environ | {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"} | (variables if fsdp else {}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -100,3 +104,13 @@ def test_resume_goes_on_exactly(base, runs):
         a, b = weights(sharded / case), weights(base / again / case)
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+if __name__ == "__main__":  # the process that start() starts
+    import train
+
+    for words in json.loads(Path(sys.argv[1]).read_text()):
+        sys.argv = ["train.py", *words]
+        train.main()
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()

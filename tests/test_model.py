@@ -110,7 +110,7 @@ def test_loss_and_every_gradient_equal_the_definition(impl, layers, stage, tied)
     assert (
         out.head_losses[0].isnan()
         if stage == 1
-        else out.head_losses[0] == pytest.approx(want_losses[0].item(), rel=2e-5)
+        else out.head_losses[0].item() == pytest.approx(want_losses[0].item(), rel=2e-5)
     )
     for name, gradient in zip(names, want, strict=True):
         got = model.get_parameter(name).grad
