@@ -97,6 +97,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         self.check_gpus()
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # configs/*.yaml: what accelerate will do anyway
+            self.bf16 = True
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a head without a row has zero gradients, not none
         if not torch.accelerator.is_available():
             self.use_cpu = True  # or --bf16 is refused, though a CPU computes in bf16 too
             self.dataloader_pin_memory = False

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 import errors
+from backbone import load_backbone
 from chat_data import load_conversations, load_tokenizer
 from errors import BadInput
 from medusa_checkpoint import write_atomically
-from medusa_model import load_backbone
 
 logger = logging.getLogger(__name__)
 

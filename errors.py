@@ -1,6 +1,8 @@
 """Errors meant for the person at the terminal: one sentence, what is wrong, where, and what to do."""
 
+import ctypes
 import os
+import signal
 import sys
 
 import torch
@@ -18,6 +20,13 @@ class BadInput(ValueError):
 def first_line(error: Exception) -> str:
     """What a library's error says first; the name of its kind if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def end_with_launcher():
+    """Under `accelerate launch`: be ended when the launcher is. Otherwise `kill PID` or a killed shell would leave
+    training on, on GPUs that look free. Linux only."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run(main):

@@ -9,12 +9,10 @@ import itertools
 import logging
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arguments import env_flag
 from errors import BadInput
@@ -37,18 +35,6 @@ def reads_weights(config, training_args) -> bool:
         disable_fsdp_ram_efficient_loading()
         return True
     return training_args.local_process_index == 0
-
-
-def empty_backbone(config, dtype: torch.dtype, trust_remote_code=False) -> PreTrainedModel:
-    """The backbone with memory for its weights that is never touched, and so takes none; buffers are real."""
-    with init_empty_weights():
-        backbone = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    for module in backbone.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            # Not left on meta: accelerate tells parameters apart by their address, which is 0 for all of those, and
-            # the optimiser would train one of them only.
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
-    return backbone
 
 
 def configure(plugin, model: MedusaModel):

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from errors import ACCESS, BadInput, first_line
+from backbone import check_backbone, load_backbone
+from errors import BadInput
 from medusa_checkpoint import HEADS_DIR, find_heads, load_heads, save_heads
 from medusa_loss import IGNORE, linear_cross_entropy, shifted_targets
 
@@ -333,37 +333,6 @@ class MedusaModel(PreTrainedModel):
 def under(prefix: str, state_dict: dict) -> dict:
     """The entries whose name starts with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-
-
-def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` whose failures are one sentence. Raises BadInput."""
-    return _load(AutoModelForCausalLM, name_or_path, **kwargs)
-
-
-def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
-    """`AutoConfig.from_pretrained` with the same care."""
-    return _load(AutoConfig, name_or_path, **kwargs)
-
-
-def _load(auto_class, name_or_path: str, **kwargs):
-    if os.path.sep in name_or_path and name_or_path[0] in "./~" and not os.path.isdir(name_or_path):
-        raise BadInput(f"there is no model directory {name_or_path}: give an existing one or a Hub id")
-    try:
-        return auto_class.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"cannot load the backbone {name_or_path}: {first_line(error)} {ACCESS}") from error
-
-
-def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
-    """Refuses backbones whose logits are not (soft-capped) lm_head(hidden): a head would start from other ones."""
-    config, name = backbone.config.get_text_config(), type(backbone).__name__
-    if lm_head is None:
-        raise BadInput(f"{name} has no output embeddings: Medusa heads need a causal LM")
-    if getattr(lm_head, "bias", None) is not None:
-        raise BadInput(f"the lm_head of {name} has a bias; the Medusa format has none, so it is not supported")
-    for key in ("logit_scale", "logits_scaling"):
-        if getattr(config, key, 1.0) not in (None, 1.0):
-            raise BadInput(f"{name} scales its logits ({key} = {getattr(config, key)}): not supported")
 
 
 AutoConfig.register("medusa", MedusaConfig)  # or AutoTokenizer warns about a heads directory's config.json

@@ -53,6 +53,7 @@ class MedusaTrainer(Trainer):
         sizes = self.accelerator.parallelism_config
         if sizes is not None and sizes.dp_replicate_size > 1:
             where += f", {sizes.dp_replicate_size} copies of {sizes.dp_shard_size} shards"
+        self.where = where
         form = "all heads forward, then one backward"
         if self.one_by_one:
             form = "one head after the other (forward and backward), then the backbone"

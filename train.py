@@ -23,14 +23,15 @@ from transformers.integrations.liger import apply_liger_kernel
 
 import errors
 from arguments import parse
+from backbone import empty_backbone, load_backbone, load_backbone_config
 from batches import Collator
 from callback import EfficiencyCallback, FlopCount, peak_process_gib
 from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from errors import BadInput
 from medusa_checkpoint import HEADS_DIR, HEADS_FILE, find_heads, load_config, load_heads
-from medusa_fsdp import empty_backbone, reads_weights
+from medusa_fsdp import reads_weights
 from medusa_loss import choose_impl
-from medusa_model import MedusaConfig, MedusaModel, load_backbone, load_backbone_config
+from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer
 from training_state import INCOMPLETE, STATE_DIR, read_run
 
@@ -104,7 +105,6 @@ def build_model(model_args, data_args, training_args, tokenizer, heads_dir: Path
     if training_args.medusa_only_heads:
         model.freeze_backbone()
     model.loss_impl = choose_impl(model_args.use_liger, training_args.device)
-    logger.info("rank %d built the model: %.1f GiB of CPU memory", training_args.process_index, peak_process_gib())
     if model_args.use_liger and training_args.device.type == "cuda":
         # RMSNorm, RoPE and SwiGLU only. Liger's default would also replace the backbone's forward with its own loss.
         apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
@@ -184,7 +184,7 @@ def check_same_data(dataset):
         )
 
 
-def write_command(training_args):
+def write_command(training_args, where: str):
     """train_command.txt: what made the weights beside it."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
@@ -197,14 +197,15 @@ def write_command(training_args):
         f"date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         f"commit: {commit}",
         f"versions: python {sys.version.split()[0]}, {versions}",
-        f"GPU: {gpu} (processes: {training_args.world_size})",
+        f"GPU: {gpu} (processes: {training_args.world_size}, {where})",
     )
     os.makedirs(training_args.output_dir, exist_ok=True)
     Path(training_args.output_dir, "train_command.txt").write_text("\n".join(lines) + "\n")
 
 
 def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     model_args, data_args, training_args = parse(sys.argv[1:])
     checkpoint = find_checkpoint(model_args, training_args)
     tokenizer = load_tokenizer(
@@ -222,6 +223,8 @@ def main():
     elif checkpoint is None and model_args.medusa_heads_path is not None:
         heads_dir = find_heads(model_args.medusa_heads_path)[0]
     model = build_model(model_args, data_args, training_args, tokenizer, heads_dir)
+    memory = [f"{gib:.1f}" for gib in gather_object([peak_process_gib()])]
+    logger.info("the model is built; each process had at most %s GiB of CPU memory", ", ".join(memory))
 
     trainer = MedusaTrainer(
         model=model,
@@ -234,7 +237,7 @@ def main():
         run=describe_run(model_args, training_args),
     )
     if trainer.is_world_process_zero():
-        write_command(training_args)
+        write_command(training_args, trainer.where)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     if eval_data is not None:
@@ -244,6 +247,7 @@ def main():
 
 
 if __name__ == "__main__":
+    errors.end_with_launcher()
     errors.run(main)
     if torch.distributed.is_initialized():  # after main's objects are gone, and all ranks together
         torch.distributed.barrier()

@@ -31,8 +31,8 @@ from transformers import LlamaConfig, TrainerCallback
 from transformers.integrations.liger import apply_liger_kernel
 
 from arguments import TrainingArguments
+from backbone import empty_backbone
 from batches import Collator
-from medusa_fsdp import empty_backbone
 from medusa_loss import choose_impl
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer

@@ -128,3 +128,10 @@ def test_flags_that_would_do_nothing_are_refused(flags, tmp_path):
     name = next(flag for flag in reversed(flags) if flag.startswith("--") and flag != "--hub_strategy")
     with pytest.raises(BadInput, match=name):
         parse([*base, *flags])
+
+
+def test_bf16_of_the_launcher_is_bf16_of_the_script(monkeypatch, tmp_path):
+    """accelerate would compute in bf16 all the same, but the frozen backbone would be kept in fp32."""
+    assert not TrainingArguments(output_dir=str(tmp_path)).bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert TrainingArguments(output_dir=str(tmp_path)).bf16

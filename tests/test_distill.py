@@ -11,9 +11,9 @@ from conftest import make_backbone, make_conversations, make_tokenizer, write_js
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
+from backbone import load_backbone
 from chat_data import load_conversations
 from errors import BadInput
-from medusa_model import load_backbone
 
 PROMPTS = [chat["messages"][0]["content"] for chat in make_conversations(10)]
 ENDS = list(range(1, 320, 24))  # a random model hardly ever says one given token, so many end an answer

@@ -73,13 +73,22 @@ def runs(request, base):
     """-> (directory without FSDP, directory with FSDP, its log)."""
     if not (base / "plain").exists():
         start(base, 0, [flags(base, "plain", case) for case in CASES])
-    log = start(base, request.param, [flags(base, f"fsdp{request.param}", case) for case in CASES])
+    cases = [case for case in CASES if works(request.param, case)]
+    log = start(base, request.param, [flags(base, f"fsdp{request.param}", case) for case in cases])
     return base / "plain", base / f"fsdp{request.param}", request.param, log
+
+
+def works(version: int, case: str) -> bool:
+    """FSDP1 does not shard in a group of one, and then stumbles over a tied pair that is frozen (torch 2.11, 2.13:
+    `as_params=True type(prim_param)`). With two ranks it works: tests/test_distributed.py."""
+    return (version, case) != (1, "stage 1, tied")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_fsdp_equals_no_fsdp(case, runs):
     plain, sharded, version, log = runs
+    if not works(version, case):
+        pytest.skip("FSDP1 in a group of one")
     assert f"(FSDP{version})" in log
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if "bf16" in case else {"rtol": 1e-4, "atol": 1e-5}
     for key in ("loss", "grad_norm", "eval_head_0_loss", "eval_head_2_loss", "head_1_loss"):
