@@ -1,4 +1,4 @@
-"""What the HF Trainer lacks for Medusa heads: one head after the other, exact means, groups, whole checkpoints.
+"""What the HF Trainer lacks for Medusa heads: one head after the other, exact means, learning-rate groups.
 
 Loss of an optimiser step: L = [stage 2: L_0] + lambda_0 * sum_k lambda_k * L_k, where L_k is the mean over head
 k's rows of the whole step (all micro-batches, all ranks). So one batch of 8, two micro-batches of 4 and two
@@ -6,31 +6,23 @@ processes of 4 give the same update, however long the conversations are.
 """
 
 import contextlib
-import json
 import logging
 import math
-import shutil
-from pathlib import Path
 
 import torch
 import torch.nn as nn
-from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 import medusa_fsdp
-import training_state
 from batches import LengthGroupedSampler
 from errors import BadInput
-from medusa_checkpoint import find_heads, load_heads
 from medusa_loss import IGNORE, count_rows, shifted_targets
-from medusa_model import MedusaModel
+from training_state import CheckpointingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class MedusaTrainer(Trainer):
+class MedusaTrainer(CheckpointingTrainer):
     """meter: an `EfficiencyCallback`, or None. It is told what each step holds and asked for its figures.
     run: what a checkpoint's run.json says of the run it belongs to.
     """
@@ -58,10 +50,6 @@ class MedusaTrainer(Trainer):
         if self.one_by_one:
             form = "one head after the other (forward and backward), then the backbone"
         logger.info("training step: %s (%s)", form, where)
-
-    @property
-    def medusa(self) -> MedusaModel:
-        return self.accelerator.unwrap_model(self.model)
 
     # ---- the loss ----
     def head_weights(self, progress: float = 1.0) -> list[float]:
@@ -244,128 +232,10 @@ class MedusaTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # the Trainer's estimate counts a backward through a frozen backbone; see EfficiencyCallback
 
-    # ---- FSDP and checkpoints ----
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         medusa_fsdp.link_units(self.medusa)
         return prepared
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The finished files: heads (stage 1) or backbone and heads (stage 2), and the tokenizer."""
-        directory = Path(output_dir or self.args.output_dir)
-        staging = directory / f"{training_state.INCOMPLETE}model"
-        with self._writing(staging):
-            self._write_weights(staging, directory)
-            self._on_rank_0(lambda: training_state.publish_files(staging, directory))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _write_weights(self, directory: Path, final_directory: Path | None = None):
-        medusa = self.medusa
-        state_dict = training_state.whole_weights(self.model, medusa, self.args.device)
-
-        def write():
-            medusa.save_pretrained(directory, state_dict=state_dict, final_directory=final_directory)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(directory)
-
-        self._on_rank_0(write)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """`checkpoint-N`, whole or not at all; the Trainer's own could be cut off in the middle."""
-        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-        if self.state.best_global_step and (best == final or best.exists()):
-            self.state.best_model_checkpoint = str(best)
-        staging = final.with_name(training_state.INCOMPLETE + final.name)
-        with self._writing(staging):
-            if self.medusa.backbone_frozen:
-                self._write_weights(staging)
-            optimizer = None if self.args.save_only_model else self.optimizer.optimizer
-            if optimizer is not None or not self.medusa.backbone_frozen:
-                directory = staging / training_state.STATE_DIR
-                training_state.save_state(directory, self.model, optimizer, not self.medusa.backbone_frozen)
-            self._save_rng_state(str(staging))
-            self.accelerator.wait_for_everyone()
-            self._on_rank_0(lambda: self._finish_checkpoint(staging, final))
-
-    def _finish_checkpoint(self, staging: Path, final: Path):
-        torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
-        (staging / training_state.RUN_FILE).write_text(json.dumps(self.run, indent=2) + "\n")
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if isinstance(callback, ExportableState):
-                name = type(callback).__name__
-                kept = self.state.stateful_callbacks.get(name)
-                if isinstance(kept, list):
-                    kept.append(callback.state())
-                else:
-                    self.state.stateful_callbacks[name] = callback.state()
-        self.state.save_to_json(str(staging / "trainer_state.json"))
-        training_state.publish(staging, final)
-        rotate_checkpoints(
-            output_dir=str(final.parent),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    @contextlib.contextmanager
-    def _writing(self, staging: Path):
-        """A fresh directory for all ranks to write into, gone again if the writing fails; refuses NaN weights."""
-        medusa, earlier = self.medusa, f"Earlier checkpoints in {self.args.output_dir} are intact"
-        bad = (
-            name
-            for name, parameter in medusa.named_parameters()
-            if parameter.requires_grad and not medusa_fsdp.local(parameter).isfinite().all()
-        )
-        bad = [name for name in gather_object([next(bad, None)]) if name is not None]
-        if bad:
-            raise FloatingPointError(
-                f"step {self.state.global_step}: {bad[0]} holds NaN or infinity and was not saved. {earlier}: lower "
-                "the learning rate and resume from one"
-            )
-        try:
-            self._on_rank_0(lambda: training_state.start_over(staging))
-            yield
-        except training_state.WRITE_ERRORS as error:
-            if self.is_world_process_zero():
-                shutil.rmtree(staging, ignore_errors=True)
-            raise BadInput(
-                f"could not write {staging.name} in {staging.parent}: {training_state.reason(error)}. {earlier}: free "
-                "some space and go on with --resume_from_checkpoint True"
-            ) from error
-
-    def _on_rank_0(self, action):
-        """Runs `action` on rank 0 of the whole job. If it fails, every rank raises that instead of waiting."""
-        error = [None]
-        if self.is_world_process_zero():
-            try:
-                action()
-            except training_state.WRITE_ERRORS as failure:
-                error = [training_state.reason(failure)]
-        broadcast_object_list(error)
-        if error[0] is not None:
-            raise OSError(error[0])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Nothing: heads are loaded before the model is sharded (train.py), stage 2's weights with Adam's moments."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        directory, stage_2 = Path(checkpoint, training_state.STATE_DIR), not self.medusa.backbone_frozen
-        training_state.load_state(directory, self.model, self.optimizer.optimizer, stage_2)
-        state = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        logger.info("loading the best weights, those of %s", best)
-        if self.medusa.backbone_frozen:
-            state_dict = load_heads(find_heads(best)[0])[1] if self.is_world_process_zero() else {}
-            training_state.set_head_weights(self.medusa, state_dict, self.args.world_size > 1)
-        else:
-            training_state.load_state(Path(best, training_state.STATE_DIR), self.model, None, True)
 
 
 def batch_counts(batch: dict, num_heads: int) -> torch.Tensor:

@@ -13,8 +13,8 @@ import errors
 ROOT = Path(__file__).parent.parent
 LAUNCHER = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import errors, time; errors.end_with_launcher(); print(1, flush=True);"
-                          "time.sleep(60)"], stdout=subprocess.PIPE)
+code = "import errors, time; errors.end_with_launcher(); print(1, flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
 child.stdout.read(1)
 print(child.pid, flush=True)
 child.wait()
