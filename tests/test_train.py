@@ -118,13 +118,14 @@ def test_liger_equals_torch_through_the_whole_trainer(stage, flags, train):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_accumulation_makes_no_difference(stage, train):
     """Conversations are uneven: the mean of the micro-batches' means would be another number."""
-    common = ("--max_steps", 4, "--medusa_only_heads", stage == 1)
+    # Adam divides by the gradient's size: where that is a rounding error, a small epsilon makes a step of it.
+    common = ("--max_steps", 4, "--medusa_only_heads", stage == 1, "--adam_epsilon", 1e-4)
     one = train(*common, "--per_device_train_batch_size", 8, output="one")
     four = train(*common, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4, output="four")
     assert logged(four) == pytest.approx(logged(one), rel=1e-4)
     assert logged(four, "head_2_top1") == logged(one, "head_2_top1")
     assert logged(four, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-4)
-    assert_same(weights(four), weights(one), rtol=1e-3, atol=2e-4)
+    assert_same(weights(four), weights(one), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -308,7 +309,7 @@ def test_standard_trainer_features(train):
         "padded_tokens_per_s",
         "rows_per_s",
         "useful_tflops",
-        "peak_process_gib",
+        "peak_allocated_gib" if torch.cuda.is_available() else "peak_process_gib",
     ):
         assert all(value > 0 for value in logged(out, key)) and len(logged(out, key)) == 6
 
