@@ -69,8 +69,8 @@ def configure(plugin, model: MedusaModel):
 
 
 def link_units(model: MedusaModel):
-    """After FSDP2 has wrapped the model: methods that are called from outside and need whole weights, and the order
-    in which weights are gathered. Does nothing to a model that is not wrapped."""
+    """After FSDP2 has wrapped the model: methods that are called from outside and need whole weights, when weights
+    are given back, and the order in which they are gathered. Does nothing to a model that is not wrapped."""
     if not isinstance(model, FSDPModule):
         return
     register_fsdp_forward_method(model, "last_hidden_state")
@@ -83,6 +83,7 @@ def link_units(model: MedusaModel):
     units = [module for module in model.backbone.modules() if isinstance(module, FSDPModule)]
     for before, layer in itertools.pairwise(unit for unit in units if any(unit.children())):
         layer.set_modules_to_backward_prefetch([before])
+    keep_whole_between_forward_and_backward(model, True)
 
 
 def keep_whole_between_forward_and_backward(model: MedusaModel, keep: bool):

@@ -163,7 +163,8 @@ class MedusaModel(PreTrainedModel):
             setattr(config, name, getattr(text_config, name, None))
         self.loss_impl = "torch"  # medusa_loss.choose_impl() says which one fits the device
         self.backbone_frozen = False
-        self._no_split_modules = [*(backbone._no_split_modules or []), "MedusaHead"]
+        units = ["MedusaHead"] if config.medusa_num_heads else []
+        self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # what FSDP shards as one
 
     @classmethod
     def from_backbone(
@@ -285,7 +286,13 @@ class MedusaModel(PreTrainedModel):
         return MedusaOutput(loss=total, head_losses=losses, head_accuracies=accuracies, head_sums=sums)
 
     def save_pretrained(
-        self, directory, is_main_process=True, state_dict=None, include_backbone=None, final_directory=None, **kwargs
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        include_backbone=None,
+        final_directory=None,
+        **kwargs,
     ):
         """Writes the heads (stage 1) or the backbone and the heads (stage 2: a plain checkpoint and `medusa_heads/`).
 
@@ -296,13 +303,16 @@ class MedusaModel(PreTrainedModel):
         """
         if not is_main_process:
             return
-        directory = Path(directory)
+        directory = Path(save_directory)
         if state_dict is None:
             state_dict = self.state_dict()
         if include_backbone is None:
             include_backbone = not self.backbone_frozen
         if include_backbone:
-            self.backbone.save_pretrained(directory, state_dict=under("backbone.", state_dict))
+            mine = under("backbone.", state_dict)
+            for name, source in self.backbone.all_tied_weights_keys.items():
+                mine[name] = mine[source]  # gathered twice, tied no longer, they would be written twice
+            self.backbone.save_pretrained(directory, state_dict=mine)
         if len(self.medusa_heads) == 0:
             return
         config = self.config.to_dict()

@@ -64,19 +64,23 @@ class MedusaTrainer(CheckpointingTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
-        self._mask_repeated(batches[-1])
+        self._mask_repeated(batches[-1], self.train_dataset)
         counts = torch.stack([batch_counts(batch, self.num_heads) for batch in batches]).sum(0).to(device)
         *rows, tokens, slots, pairs = self.accelerator.reduce(counts).tolist()
         if self.meter is not None:
             self.meter.count(rows=rows, tokens=tokens, slots=slots, pairs=pairs)
         return batches, rows
 
-    def _mask_repeated(self, batch: dict):
+    def _mask_repeated(self, batch: dict, dataset):
         """The last batch of an epoch may lack conversations; accelerate fills it up with some from the start, so that
-        all ranks have as many batches. They are no rows here, or several processes would train on more than one."""
-        state, size = self.accelerator.gradient_state, len(batch["labels"])
-        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
-            batch["labels"][max(0, state.remainder - self.args.process_index * size) :] = IGNORE
+        all ranks have as many batches. They are no rows here, or several processes would train on more than one.
+
+        (accelerate's own count of them, `gradient_state.remainder`, is not known in an epoch that was resumed.)
+        """
+        size = len(batch["labels"])
+        rest = 0 if self.args.dataloader_drop_last else len(dataset) % (size * self.args.world_size)
+        if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and rest > 0:
+            batch["labels"][max(0, rest - self.args.process_index * size) :] = IGNORE
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: list[int] | None = None):
         """One micro-batch forward and backward; returns its share of the step's loss.
@@ -105,12 +109,14 @@ class MedusaTrainer(CheckpointingTrainer):
         backward, then the next one's; d_hidden adds up in `leaf`, and goes through the backbone once."""
         medusa, labels, position_ids = self.medusa, inputs["labels"], inputs.get("position_ids")
         loss = torch.zeros((), device=self.args.device)
-        offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
-        with self.accelerator.autocast(), offload if self.args.offload_activations else contextlib.nullcontext():
+        offload = contextlib.nullcontext()
+        if self.args.offload_activations:
+            offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
+        with self.accelerator.autocast(), offload:
             # No attention mask: padding is on the right, where causal attention never looks from a real token.
             hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
-        last, gradients = [hidden], []
+        last = [hidden]  # what the backward pass through the backbone starts from
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
             # Under FSDP2 tied embeddings are in the root unit, whose gradients are reduced with the backbone's.
             with_backbone = k == 0 and medusa_fsdp.in_root_unit(medusa.lm_head, medusa)
@@ -154,15 +160,15 @@ class MedusaTrainer(CheckpointingTrainer):
         """Four groups at most: heads or backbone, with or without weight decay; frozen weights are in none."""
         if self.optimizer is not None:
             return self.optimizer
-        model = self.model if model is None else model
+        model, name = self.model if model is None else model, self.args.optim.value
         try:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
         except ImportError as error:
-            raise BadInput(f"--optim {self.args.optim} needs a package that is missing: {error}") from error
+            raise BadInput(f"--optim {name} needs a package that is missing: {error}") from error
         if kwargs.keys() & {"params", "model", "optimizer_dict"}:
-            raise BadInput(
-                f"--optim {self.args.optim} makes its own parameter groups: choose an AdamW, Adafactor or SGD"
-            )
+            raise BadInput(f"--optim {name} makes its own parameter groups: choose an AdamW, Adafactor or SGD")
+        if self.is_fsdp_enabled and name == "adafactor":
+            raise BadInput(f"--optim {name} cannot work on FSDP's shards of a weight: choose an AdamW or SGD")
         decays = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -214,7 +220,7 @@ class MedusaTrainer(CheckpointingTrainer):
         medusa_fsdp.keep_whole_between_forward_and_backward(self.medusa, False)
         sums = torch.zeros_like(self.window)
         for inputs in dataloader:
-            self._mask_repeated(inputs)
+            self._mask_repeated(inputs, dataloader.dataset)
             inputs = {key: value for key, value in self._prepare_inputs(inputs).items() if key != "attention_mask"}
             with torch.no_grad(), self.accelerator.autocast():
                 sums += model(**inputs, head_weights=[1.0] * len(sums)).head_sums
@@ -236,6 +242,14 @@ class MedusaTrainer(CheckpointingTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         medusa_fsdp.link_units(self.medusa)
         return prepared
+
+    def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint of a run
+            self.control.should_training_stop = True
+            return
+        # On several processes the Trainer tells a resumed epoch's number to a loader that does not pass it on.
+        train_dataloader.set_epoch(epoch)
+        super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
 
 def batch_counts(batch: dict, num_heads: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ from medusa_fsdp import reads_weights
 from medusa_loss import choose_impl
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer
-from training_state import INCOMPLETE, STATE_DIR, read_run
+from training_state import INCOMPLETE, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +164,8 @@ def find_checkpoint(model_args, training_args) -> Path | None:
                 f"{checkpoint} was trained with --{key} {found[key]}, not {value}: use the same, or another "
                 "--output_dir"
             )
-    if not (checkpoint / STATE_DIR).is_dir():
-        raise BadInput(f"{checkpoint} has no {STATE_DIR}/: it was saved with --save_only_model and cannot be resumed")
+    if found["save_only_model"]:
+        raise BadInput(f"{checkpoint} was saved with --save_only_model: without Adam's moments it cannot be resumed")
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -64,17 +65,24 @@ def save_state(directory: Path, model, optimizer, weights: bool):
 def load_state(directory: Path, model, optimizer, weights: bool):
     """The reverse, in place. Raises BadInput if a part is missing, cut off or of another shape."""
     state = _state(model, optimizer, weights)
-    try:
+    with reading(directory):
         dcp.load(state, checkpoint_id=directory)
-    except (OSError, CheckpointException) as error:
-        raise BadInput(
-            f"cannot read {directory}: {reason(error)}. It is damaged: resume from an earlier checkpoint with "
-            "--resume_from_checkpoint DIR"
-        ) from error
     if weights:
         set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """Raises BadInput if what is read inside is missing, cut off or something else."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
+        raise BadInput(
+            f"cannot read {path}: {reason(error)}. It is damaged: resume from an earlier checkpoint with "
+            "--resume_from_checkpoint DIR"
+        ) from error
 
 
 def reason(error: BaseException) -> str:
@@ -201,7 +209,8 @@ class CheckpointingTrainer(Trainer):
 
     def _finish_checkpoint(self, staging: Path, final: Path):
         torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
-        (staging / RUN_FILE).write_text(json.dumps(self.run, indent=2) + "\n")
+        run = self.run | {"save_only_model": self.args.save_only_model}
+        (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 name = type(callback).__name__
@@ -243,8 +252,8 @@ class CheckpointingTrainer(Trainer):
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)
             raise BadInput(
-                f"could not write {staging.name} in {staging.parent}: {reason(error)}. {earlier}: free "
-                "some space and go on with --resume_from_checkpoint True"
+                f"could not write {staging.name} in {staging.parent}: {reason(error)}. {earlier}: if the "
+                "disk is full, free some space, and go on with --resume_from_checkpoint True"
             ) from error
 
     def _on_rank_0(self, action):
@@ -267,8 +276,12 @@ class CheckpointingTrainer(Trainer):
             return
         directory, stage_2 = Path(checkpoint, STATE_DIR), not self.medusa.backbone_frozen
         load_state(directory, self.model, self.optimizer.optimizer, stage_2)
-        state = torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
+        with reading(path := Path(checkpoint, "scheduler.pt")):
+            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "", "rng_state*.pth")):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

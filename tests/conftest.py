@@ -180,3 +180,11 @@ def saved_state(checkpoint) -> dict[str, torch.Tensor]:
 def data_file(tmp_path):
     """48 conversations of uneven length."""
     return write_jsonl(tmp_path / "chats.jsonl", make_conversations(48))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """Runs on several processes; what one test has run, another can look at."""
+    from lab import open_lab
+
+    return open_lab(tmp_path_factory.mktemp("lab"))

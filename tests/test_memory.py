@@ -1,4 +1,4 @@
-"""benchmark/memory.py on a CPU: the real trainer as rank 0 of 8. What it measures needs a GPU; that it runs does not."""
+"""benchmark/memory.py on a CPU: the real trainer as rank 0 of 8. What it measures needs a GPU."""
 
 import csv
 import os

@@ -1,24 +1,51 @@
-"""One of several processes that run train.py for a test: `python tests/worker.py spec.json`, torchrun's variables set.
+"""One of the processes that run train.py for tests/test_distributed.py, forked from one that has imported it all."""
 
-spec: {"runs": [[flag, ...], ...], "fsdp": 0 | 1 | 2, "kill": null | {"rank": 0, "call": "module.name", "at": 2}}.
-Runs follow one another in the same processes, since importing takes longer than they do. `kill` ends a rank with
-SIGKILL when it makes its n-th call of a function.
-"""
-
-import importlib
-import json
+import gc
 import os
-import signal
+import pkgutil
+import resource
 import sys
-from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+import transformers.models.llama.modeling_llama  # noqa: F401  (here, once, and not in every process)
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import errors
 import train
+from medusa_trainer import MedusaTrainer
+
+get_checkpoint_conversion_mapping("llama")  # transformers makes its table of all models when it is first asked
+gc.freeze()  # or each process would go through all that was imported when the Trainer collects garbage
+
+
+def run(flags, log, environment, fsdp=0, at=None, gradients=None):
+    """train.py with torchrun's variables in `environment`; FSDP 1 or 2 as on a GPU, or 0: DDP.
+
+    at: {"call": "module.name", "nth": n, and one of "signal": number, "file_size": bytes}: what befalls the process
+        when it makes its n-th call of a function. gradients: a file name; ".<step>" is added.
+    """
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.pop("TRITON_INTERPRET", None)  # plain torch in chunks: Triton's interpreter takes far longer
+    os.environ |= environment
+    torch.set_num_threads(1)
+    if fsdp:
+        allow_fsdp_on_cpu()
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp), "FSDP_USE_ORIG_PARAMS": "true"}
+        os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if at:
+        strike(**at)
+    if gradients:
+        save_gradients(gradients)
+    sys.argv = ["train.py", *flags]
+    errors.run(train.main)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def allow_fsdp_on_cpu():
@@ -38,40 +65,35 @@ def allow_fsdp_on_cpu():
     AcceleratorState.__init__ = patched
 
 
-def kill_at(call: str, at: int, **_):
-    module, name = call.rsplit(".", 1)
-    module = importlib.import_module(module)
-    original, calls = getattr(module, name), []
+def strike(call, nth, **what):
+    path, name = call.rsplit(".", 1)
+    owner, calls = pkgutil.resolve_name(path), []  # a module or a class
+    original = getattr(owner, name)
 
     def patched(*args, **kwargs):
         calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == nth:
+            if "signal" in what:
+                os.kill(os.getpid(), what["signal"])
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (what["file_size"],) * 2)
         return original(*args, **kwargs)
 
-    setattr(module, name, patched)
+    setattr(owner, name, patched)
 
 
-def main():
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    rank, kill = int(os.environ.get("RANK", 0)), spec.get("kill")
-    if spec.get("fsdp"):
-        allow_fsdp_on_cpu()
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(spec["fsdp"])}
-        os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_USE_ORIG_PARAMS": "true"}
-        os.environ |= spec.get("environment", {})
-    if kill and kill["rank"] == rank:
-        kill_at(**kill)
-    for run in spec["runs"]:
-        sys.argv = ["train.py", *run]
-        errors.run(train.main)
-        AcceleratorState._reset_state(reset_partial_state=False)
-        GradientState._reset_state()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def save_gradients(path):
+    """Those the optimiser gets, whole, but before they are clipped."""
+    original = MedusaTrainer._clip_grad_norm
 
+    def patched(self, model):
+        whole = {}
+        for name, parameter in self.medusa.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                whole[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad.clone()
+        if self.is_world_process_zero():
+            torch.save(whole, f"{path}.{self.state.global_step + 1}")
+        return original(self, model)
 
-if __name__ == "__main__":
-    main()
+    MedusaTrainer._clip_grad_norm = patched
