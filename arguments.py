@@ -91,7 +91,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={
             "help": "Stage 2: what --gradient_checkpointing keeps (each layer's input, B x T x H x 2 bytes) waits in "
-            "the CPU's memory for the backward pass. Slower; for long sequences."
+            "the CPU's memory for the backward pass. Slower; for long sequences. FSDP2 or one process."
         },
     )
 

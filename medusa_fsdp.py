@@ -7,6 +7,7 @@ all and the whole of one.
 
 import itertools
 import logging
+import os
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def reads_weights(config, training_args) -> bool:
-    """Whether this process reads the backbone's weights: under FSDP with `fsdp_cpu_ram_efficient_loading` only the
-    first one of a node does, or 8 processes would hold 8 copies of an 8B model (32 GB each in fp32).
+    """Whether this process reads the backbone's weights: under FSDP with `fsdp_cpu_ram_efficient_loading` only rank 0
+    does (FSDP1: the first of each node), or 8 processes would hold 8 copies of an 8B model (32 GB each in fp32).
 
     config: the backbone's. Tied embeddings lose their tie when they are sent (accelerate 1.15), so each process
     reads such a model itself; they are small ones.
@@ -34,7 +35,8 @@ def reads_weights(config, training_args) -> bool:
         logger.info("tied embeddings: every process reads the backbone itself")
         disable_fsdp_ram_efficient_loading()
         return True
-    return training_args.local_process_index == 0
+    version_1 = os.environ.get("FSDP_VERSION", "1") == "1"  # shards inside a node are sent by the node's first process
+    return (training_args.local_process_index if version_1 else training_args.process_index) == 0
 
 
 def configure(plugin, model: MedusaModel):

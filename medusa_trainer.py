@@ -46,6 +46,8 @@ class MedusaTrainer(CheckpointingTrainer):
         if sizes is not None and sizes.dp_replicate_size > 1:
             where += f", {sizes.dp_replicate_size} copies of {sizes.dp_shard_size} shards"
         self.where = where
+        if self.args.offload_activations and not self.one_by_one:
+            raise BadInput(f"--offload_activations needs FSDP2 or one process, and this is {where}")
         form = "all heads forward, then one backward"
         if self.one_by_one:
             form = "one head after the other (forward and backward), then the backbone"
@@ -151,8 +153,8 @@ class MedusaTrainer(CheckpointingTrainer):
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"step {self.state.global_step + 1}: the loss of head {k} is {value}. Nothing was saved after the "
-                    f"last checkpoint in {self.args.output_dir}: lower --learning_rate (or --medusa_lr_multiplier) or "
-                    "add warm-up, and go on from it with --resume_from_checkpoint True"
+                    f"last checkpoint in {self.args.output_dir}, if there is one: lower --learning_rate (or "
+                    "--medusa_lr_multiplier) or add warm-up, and go on from it with --resume_from_checkpoint True"
                 )
 
     # ---- what the Trainer calls ----

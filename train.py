@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -129,7 +130,7 @@ def find_checkpoint(model_args, training_args) -> Path | None:
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
     for path in output_dir.glob(f"{INCOMPLETE}*"):
-        logger.warning("%s was being written when a run ended, and is ignored", path)
+        logger.info("%s was being written when a run ended, and is ignored", path)
     if str(resume).lower() in ("none", "false"):
         names = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
         left = [output_dir / name for name in names if (output_dir / name).exists()] + checkpoints
@@ -143,15 +144,22 @@ def find_checkpoint(model_args, training_args) -> Path | None:
         for checkpoint in reversed(checkpoints):
             if (found := read_run(checkpoint)) is not None:
                 break
-            logger.warning("%s is not complete and is ignored", checkpoint)
+            logger.info("%s is not complete and is ignored", checkpoint)
         else:
             raise BadInput(f"--resume_from_checkpoint True: there is no complete checkpoint in {output_dir}")
     else:
         checkpoint = Path(resume)
+        if not checkpoint.is_dir():
+            raise BadInput(f"--resume_from_checkpoint {checkpoint}: there is no such directory")
         if (found := read_run(checkpoint)) is None:
             raise BadInput(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint")
         if checkpoint.resolve().parent != output_dir.resolve():
             raise BadInput(f"{checkpoint} is another run's: resume with --output_dir {checkpoint.parent}")
+        if checkpoint.name != checkpoints[-1].name:
+            raise BadInput(
+                f"{output_dir} has {checkpoints[-1].name}, later than {checkpoint.name}: move the later ones away "
+                "first, or the next resume would go on from them"
+            )
     asked = describe_run(model_args, training_args)
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
@@ -170,17 +178,39 @@ def find_checkpoint(model_args, training_args) -> Path | None:
     return checkpoint
 
 
-def check_same_data(dataset):
-    """All processes must see the same rows: each takes its share of them by number. Raises BadInput otherwise."""
-    digest = hashlib.sha256(str(len(dataset)).encode())
+def digest(dataset) -> str:
+    """A number that changes with the data: rows, all lengths where they are known, and 64 rows token by token."""
+    found = hashlib.sha256(str(len(dataset)).encode())
+    if "length" in (getattr(dataset, "column_names", None) or []):
+        found.update(str(list(dataset["length"])).encode())
     for i in range(0, len(dataset), max(1, len(dataset) // 64)):
-        digest.update(str([int(token) for token in dataset[i]["input_ids"]]).encode())
-    digests = gather_object([digest.hexdigest()])
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
+        row = dataset[i]
+        found.update(str([[int(number) for number in row[key]] for key in ("input_ids", "labels")]).encode())
+    return found.hexdigest()
+
+
+def check_ranks(training_args, **same: str):
+    """Raises BadInput on every rank if one has something else under a name of `same` than rank 0, or does not see
+    rank 0's output directory: each trains on its share of the same rows, and writes its part of one checkpoint."""
+    for name, values in {name: gather_object([value]) for name, value in same.items()}.items():
+        different = [rank for rank, value in enumerate(values) if value != values[0]]
+        if different:
+            raise BadInput(
+                f"rank {different[0]} has another {name} than rank 0: start all with the same files and flags"
+            )
+    if training_args.world_size == 1:
+        return
+    probe = Path(training_args.output_dir, f"{INCOMPLETE}probe")
+    if training_args.process_index == 0:
+        probe.mkdir(parents=True, exist_ok=True)
+    gather_object([None])  # now rank 0 has made it
+    blind = [rank for rank, sees in enumerate(gather_object([probe.is_dir()])) if not sees]
+    if training_args.process_index == 0:
+        probe.rmdir()
+    if blind:
         raise BadInput(
-            f"rank {different[0]} has other training data than rank 0: give all nodes the same --data_path, tokenizer "
-            "and flags"
+            f"rank {blind[0]} does not see the directory {probe.parent} of rank 0: several nodes need an --output_dir "
+            "that they share"
         )
 
 
@@ -216,7 +246,14 @@ def main():
     )
     with training_args.main_process_first(desc="tokenising"):  # the other processes then read its cache
         train_data, eval_data = build_datasets(model_args, data_args, training_args, tokenizer)
-    check_same_data(train_data)
+    data, eval_digest = digest(train_data), digest(eval_data) if eval_data else ""
+    same = {"training set": data, "evaluation set": eval_digest, "checkpoint to resume from": str(checkpoint)}
+    check_ranks(training_args, **same)
+    if checkpoint is not None and read_run(checkpoint)["data"] != data:
+        raise BadInput(
+            f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
+            "--model_max_length, --packing and --eval_holdout"
+        )
     heads_dir = None
     if checkpoint is not None and training_args.medusa_only_heads:
         heads_dir = checkpoint
@@ -234,10 +271,12 @@ def main():
         data_collator=Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0),
         processing_class=tokenizer,
         meter=EfficiencyCallback(FlopCount.of(model), training_args.device, world_size=training_args.world_size),
-        run=describe_run(model_args, training_args),
+        run=describe_run(model_args, training_args) | {"data": data},
     )
     if trainer.is_world_process_zero():
         write_command(training_args, trainer.where)
+        for left in Path(training_args.output_dir).glob(f"{INCOMPLETE}*"):  # by a run that was killed
+            shutil.rmtree(left)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     if eval_data is not None:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
@@ -80,8 +81,8 @@ def reading(path: Path):
         yield
     except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
         raise BadInput(
-            f"cannot read {path}: {reason(error)}. It is damaged: resume from an earlier checkpoint with "
-            "--resume_from_checkpoint DIR"
+            f"cannot read {path}: {reason(error)}. It is damaged: move this checkpoint away, and "
+            "--resume_from_checkpoint True goes on from the one before"
         ) from error
 
 
@@ -99,7 +100,8 @@ def whole_weights(model, medusa, device: torch.device) -> dict[str, torch.Tensor
     With a frozen backbone only the heads', without touching the backbone.
     """
     # FSDP1 crashes when it moves what is on the CPU to the CPU (torch 2.13); there every process gets a copy.
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=device.type != "cpu")
+    to_rank_0 = device.type != "cpu" or not isinstance(model, FullyShardedDataParallel)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0)
     if not medusa.backbone_frozen:
         return get_model_state_dict(model, options=whole)
     return {
@@ -118,21 +120,20 @@ def set_head_weights(medusa, state_dict: dict[str, torch.Tensor], several: bool)
 
 
 def start_over(directory: Path):
-    """An empty directory to write into; what killed runs left of such ones goes away."""
-    for left in directory.parent.glob(f"{INCOMPLETE}*"):
-        shutil.rmtree(left)
+    """An empty directory to write into."""
+    if directory.exists():
+        shutil.rmtree(directory)
     directory.mkdir(parents=True)
 
 
 def publish(staging: Path, final: Path):
     """Renames a finished directory, after all in it is on the disk."""
-    for path in staging.rglob("*"):
+    for path in (*staging.rglob("*"), staging):
         fsync(path)
-    if final.exists():  # left by a run that was resumed from an earlier checkpoint
-        os.rename(final, staging.with_name(f"{INCOMPLETE}old-{final.name}"))
+    if final.exists():  # not complete, or the run would have gone on from it
+        shutil.rmtree(final)
     os.rename(staging, final)
     fsync(final.parent)
-    shutil.rmtree(staging.with_name(f"{INCOMPLETE}old-{final.name}"), ignore_errors=True)
 
 
 def publish_files(staging: Path, final: Path):
@@ -146,7 +147,7 @@ def publish_files(staging: Path, final: Path):
         target = final / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-    fsync(final)
+        fsync(target.parent)
     shutil.rmtree(staging)
 
 
@@ -211,6 +212,7 @@ class CheckpointingTrainer(Trainer):
         torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
         run = self.run | {"save_only_model": self.args.save_only_model}
         (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+        # As in the Trainer's own method, which cannot be called for this part alone.
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 name = type(callback).__name__
@@ -246,7 +248,10 @@ class CheckpointingTrainer(Trainer):
         try:
             self._on_rank_0(lambda: start_over(staging))
             yield
-        except torch.OutOfMemoryError:  # a RuntimeError too, but free disk space would not help
+        except (
+            torch.OutOfMemoryError,
+            torch.distributed.DistError,
+        ):  # RuntimeErrors that have nothing to do with a disk
             raise
         except WRITE_ERRORS as error:
             if self.is_world_process_zero():

@@ -127,7 +127,8 @@ def measure(options) -> list[dict]:
         "heads": options.heads,
         "batch_size": options.batch_size,
         "world_size": options.world_size,
-        "implementation": f"{options.impl} fsdp{options.fsdp}" + (" offload" if options.offload_activations else ""),
+        "implementation": f"{trainer.medusa.loss_impl} fsdp{options.fsdp}"
+        + (" offload" if options.offload_activations else ""),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}",

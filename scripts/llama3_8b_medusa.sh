@@ -13,7 +13,7 @@
 #   stage 1, one GPU    8.0 B x 2 = 16 GB, and for each head 0.54 B x 16 = 8.7 GB: 5 heads 60 GB, 3 heads 43 GB, and
 #                       some for a batch. --dtype bfloat16 halves the heads' part.
 #   N GPUs of a node    each has 1/N of it and about 4 GB more in stage 1; in stage 2, where all 171 GB are of trained
-#                       weights, about 8 to 17 GB more. Nodes hold copies of one another.
+#                       weights, about 3 to 13 GB more. Nodes hold copies of one another.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -59,8 +59,8 @@ esac
 OUTPUT_DIR="${OUTPUT_DIR:-out/llama3_8b_medusa_stage$STAGE}"
 
 FOUND=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-if [ "$FOUND" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # nvidia-smi lists those that are hidden too
-    FOUND=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .)
+if [ "$FOUND" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # nvidia-smi lists those that are hidden too
+    FOUND=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || true)
 fi
 NUM_GPUS="${NUM_GPUS:-$FOUND}"
 need_number NUM_GPUS "$NUM_GPUS"
@@ -104,11 +104,11 @@ case "$CONFIG" in
 esac
 if [ "$STAGE,$NUM_NODES,$NUM_GPUS" = 2,1,1 ]; then
     echo "note: stage 2 of LLaMA-3-8B with 5 heads keeps 16 bytes a weight, (8.0 + 5 x 0.54) B x 16 = 171 GB, more" \
-        "than one GPU has. Use several: FSDP leaves each of them 171 GB / GPUs plus about 8 to 17 GB, so at least 4" \
+        "than one GPU has. Use several: FSDP leaves each of them 171 GB / GPUs plus about 3 to 13 GB, so at least 4" \
         "of 80 GB. A smaller MODEL= may fit into one." >&2
 fi
 
-# --quiet: no second traceback, of the launcher, after that of the one process.
+# --quiet: where one process fails, no second traceback, of the launcher.
 # shellcheck disable=SC2086  # SIZES is several words, or none
 exec "$PYTHON" -m accelerate.commands.launch --quiet --config_file "$CONFIG" $SIZES \
     --num_machines "$NUM_NODES" --num_processes $((NUM_NODES * NUM_GPUS)) --machine_rank "$NODE_RANK" \

@@ -50,4 +50,4 @@ def test_one_rank_of_eight(stage, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["length"] for row in rows] == ["16", "32"]
     assert all(row["world_size"] == "8" and row["stage"] == str(stage) for row in rows)
-    assert all(row["implementation"] == "liger fsdp2" and row["versions"].startswith("torch ") for row in rows)
+    assert all(row["implementation"] == "chunked fsdp2" and row["versions"].startswith("torch ") for row in rows)

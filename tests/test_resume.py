@@ -1,5 +1,6 @@
 """Checkpoints that a kill at any moment leaves usable, runs that go on exactly, and faults that are one line."""
 
+import shutil
 import signal
 
 import pytest
@@ -115,7 +116,43 @@ def test_an_optimiser_that_cannot_have_shards(lab):
 
 def test_ranks_with_different_data(lab):
     run = lab.launch("FSDP2", STAGE_1, rank_1={"--data_path": "other.jsonl"})
-    assert_one_line(run, "rank 1 has other training data than rank 0")
+    assert_one_line(run, "rank 1 has another training set than rank 0")
+    run = lab.launch("FSDP2", STAGE_1, rank_1={"--eval_holdout": 6})
+    assert_one_line(run, "rank 1 has another training set than rank 0")
+    other = {"--eval_holdout": 0, "--eval_data_path": lab.root / "other.jsonl"}
+    mine = {"--eval_data_path": lab.root / "no_rows.jsonl"}
+    run = lab.launch("FSDP2", STAGE_1 | other, rank_1=mine)
+    assert_one_line(run, "rank 1 has another evaluation set than rank 0")
+
+
+def test_nodes_that_do_not_share_the_output_directory(lab):
+    run = lab.launch("FSDP2", STAGE_1, rank_1={"--output_dir": lab.root / "elsewhere"})
+    assert_one_line(run, "rank 1 does not see the directory")
+    assert not list(run.out.iterdir())
+
+
+def test_offloading_where_it_would_do_nothing(lab):
+    flags = STAGE_2 | {"--gradient_checkpointing": True, "--offload_activations": True}
+    for kind in ("FSDP1", "DDP"):
+        assert_one_line(
+            lab.launch(kind, flags), f"--offload_activations needs FSDP2 or one process, and this is {kind}"
+        )
+
+
+def test_resuming_from_a_checkpoint_that_is_not_the_last(lab):
+    """Later ones would be taken for the newest by the next resume, though they are of a branch that was left."""
+    out = lab.stopped("one process", "stage 1", 6)
+    resume = STAGE_1 | {"--resume_from_checkpoint": out / "checkpoint-3"}
+    assert_one_line(lab.launch("one process", resume, out=out), "checkpoint-6, later than checkpoint-3")
+    shutil.move(out / "checkpoint-6", lab.root / "moved-away")
+    lab.run("one process", resume, out=out)
+    assert_identical(weights(out), weights(lab.never_stopped("one process", "stage 1").out))
+
+
+def test_resuming_with_other_data(lab):
+    out = lab.stopped("one process", "stage 1", 6)
+    other = STAGE_1 | {"--resume_from_checkpoint": True, "--model_max_length": 32}
+    assert_one_line(lab.launch("one process", other, out=out), "checkpoint-6 was trained on other data")
 
 
 @pytest.mark.parametrize(

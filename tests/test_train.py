@@ -351,7 +351,7 @@ def test_one_process_uses_one_of_several_gpus(monkeypatch, tmp_path):
         (("--model_max_length", 3), "--model_max_length 3"),
         (("--model_max_length", 1000), "256 positions"),
         (("--resume_from_checkpoint", True), "no complete checkpoint"),
-        (("--resume_from_checkpoint", "elsewhere"), "elsewhere is not a complete checkpoint"),
+        (("--resume_from_checkpoint", "elsewhere"), "elsewhere: there is no such directory"),
         (("--chat_template", "nothing.jinja"), r"nothing\.jinja"),
         (("--model_max_length", 4, "--lazy_preprocess", True), "none of the first 20 conversations"),
     ],
