@@ -103,9 +103,10 @@ def gather(unit: nn.Module):
         unit.unshard()
 
 
-def in_root_unit(lm_head: nn.Module, model: MedusaModel) -> bool:
-    """Whether FSDP2 keeps the `lm_head`'s weight in the root unit (tied embeddings)."""
-    return isinstance(model, FSDPModule) and not isinstance(lm_head, FSDPModule)
+def lm_head_in_root_unit(model: MedusaModel) -> bool:
+    """Whether FSDP2 keeps the `lm_head`'s weight in the root unit (tied embeddings), whose gradients are reduced at
+    the end of the backbone's backward pass."""
+    return isinstance(model, FSDPModule) and not isinstance(model.lm_head, FSDPModule)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

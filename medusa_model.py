@@ -19,12 +19,13 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import ModelOutput
 
 from backbone import check_backbone, load_backbone
 from errors import BadInput
 from medusa_checkpoint import HEADS_DIR, find_heads, load_heads, save_heads
-from medusa_loss import IGNORE, linear_cross_entropy, shifted_targets
+from medusa_loss import IGNORE, choose_impl, linear_cross_entropy, shifted_targets
 
 
 class MedusaConfig(PreTrainedConfig):
@@ -161,7 +162,7 @@ class MedusaModel(PreTrainedModel):
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer compares them with the tokenizer's
             setattr(config, name, getattr(text_config, name, None))
-        self.loss_impl = "torch"  # medusa_loss.choose_impl() says which one fits the device
+        self.loss_impl = "torch"  # choose_kernels() chooses the one that fits the device
         self.backbone_frozen = False
         units = ["MedusaHead"] if config.medusa_num_heads else []
         self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # what FSDP shards as one
@@ -199,6 +200,13 @@ class MedusaModel(PreTrainedModel):
                     block.reset_parameters()
                 projection.weight.copy_(lm_head.weight)
         return model
+
+    def choose_kernels(self, use_liger: bool, device: torch.device):
+        """Chooses how the heads' loss is computed on `device`, and on a GPU puts Liger's kernels into the backbone."""
+        self.loss_impl = choose_impl(use_liger, device)
+        if use_liger and device.type == "cuda":
+            # RMSNorm, RoPE and SwiGLU only. Liger's default would also put its own loss into the backbone's forward.
+            apply_liger_kernel(self.backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
 
     def freeze_backbone(self):
         """Stage 1. The backbone keeps no activations, gets no gradient and stays in eval mode."""

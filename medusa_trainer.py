@@ -84,6 +84,10 @@ class MedusaTrainer(CheckpointingTrainer):
         if self.args.world_size > 1 and self.accelerator.gradient_state.end_of_dataloader and rest > 0:
             batch["labels"][max(0, rest - self.args.process_index * size) :] = IGNORE
 
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """Without the attention mask: padding is on the right, and causal attention never looks there from a token."""
+        return super()._prepare_inputs({key: value for key, value in inputs.items() if key != "attention_mask"})
+
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: list[int] | None = None):
         """One micro-batch forward and backward; returns its share of the step's loss.
 
@@ -115,33 +119,30 @@ class MedusaTrainer(CheckpointingTrainer):
         if self.args.offload_activations:
             offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
         with self.accelerator.autocast(), offload:
-            # No attention mask: padding is on the right, where causal attention never looks from a real token.
             hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
-        last = [hidden]  # what the backward pass through the backbone starts from
+        joint = []  # losses whose backward pass goes together with the backbone's
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
-            # Under FSDP2 tied embeddings are in the root unit, whose gradients are reduced with the backbone's.
-            with_backbone = k == 0 and medusa_fsdp.in_root_unit(medusa.lm_head, medusa)
+            with_backbone = k == 0 and medusa_fsdp.lm_head_in_root_unit(medusa)
             medusa_fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
             with self.accelerator.autocast():
                 out = medusa.head_loss(k, hidden if with_backbone else leaf, labels, position_ids)
             scaled = out.loss_sum * scales[k]
             if with_backbone:
-                last.append(scaled)
+                joint.append(scaled)
             else:
                 scaled.backward()
             loss += scaled.detach()
             out.add_to(self.step_sums[k])
             del out, scaled
         if not medusa.backbone_frozen:
-            gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), None][: len(last)]
-            if len(last) > 1:
+            d_hidden = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+            if joint:
                 medusa_fsdp.gather(medusa)
-            torch.autograd.backward(last, gradients)
+            torch.autograd.backward([hidden, *joint], [d_hidden] + [None] * len(joint))
         return loss
 
     def _all_at_once(self, model, inputs, scales):
-        inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
         out = model(**inputs, head_weights=scales, rows=[1] * len(scales))
         out.loss.backward()
         self.step_sums += out.head_sums
@@ -223,9 +224,8 @@ class MedusaTrainer(CheckpointingTrainer):
         sums = torch.zeros_like(self.window)
         for inputs in dataloader:
             self._mask_repeated(inputs, dataloader.dataset)
-            inputs = {key: value for key, value in self._prepare_inputs(inputs).items() if key != "attention_mask"}
             with torch.no_grad(), self.accelerator.autocast():
-                sums += model(**inputs, head_weights=[1.0] * len(sums)).head_sums
+                sums += model(**self._prepare_inputs(inputs), head_weights=[1.0] * len(sums)).head_sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         medusa_fsdp.keep_whole_between_forward_and_backward(self.medusa, True)
         metrics, total = {}, 0.0

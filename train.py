@@ -20,7 +20,6 @@ import accelerate
 import torch
 import transformers
 from accelerate.utils import gather_object
-from transformers.integrations.liger import apply_liger_kernel
 
 import errors
 from arguments import parse
@@ -31,7 +30,6 @@ from chat_data import load_conversations, load_tokenizer, prepare, split_convers
 from errors import BadInput
 from medusa_checkpoint import HEADS_DIR, HEADS_FILE, find_heads, load_config, load_heads
 from medusa_fsdp import reads_weights
-from medusa_loss import choose_impl
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer
 from training_state import INCOMPLETE, read_run
@@ -105,10 +103,7 @@ def build_model(model_args, data_args, training_args, tokenizer, heads_dir: Path
         logger.info("starting from the heads in %s", heads_dir)
     if training_args.medusa_only_heads:
         model.freeze_backbone()
-    model.loss_impl = choose_impl(model_args.use_liger, training_args.device)
-    if model_args.use_liger and training_args.device.type == "cuda":
-        # RMSNorm, RoPE and SwiGLU only. Liger's default would also replace the backbone's forward with its own loss.
-        apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    model.choose_kernels(model_args.use_liger, training_args.device)
     return model
 
 
@@ -192,8 +187,9 @@ def digest(dataset) -> str:
 def check_ranks(training_args, **same: str):
     """Raises BadInput on every rank if one has something else under a name of `same` than rank 0, or does not see
     rank 0's output directory: each trains on its share of the same rows, and writes its part of one checkpoint."""
-    for name, values in {name: gather_object([value]) for name, value in same.items()}.items():
-        different = [rank for rank, value in enumerate(values) if value != values[0]]
+    ranks = gather_object([same])
+    for name in same:
+        different = [rank for rank, other in enumerate(ranks) if other[name] != ranks[0][name]]
         if different:
             raise BadInput(
                 f"rank {different[0]} has another {name} than rank 0: start all with the same files and flags"
@@ -203,7 +199,7 @@ def check_ranks(training_args, **same: str):
     probe = Path(training_args.output_dir, f"{INCOMPLETE}probe")
     if training_args.process_index == 0:
         probe.mkdir(parents=True, exist_ok=True)
-    gather_object([None])  # now rank 0 has made it
+    training_args.distributed_state.wait_for_everyone()
     blind = [rank for rank, sees in enumerate(gather_object([probe.is_dir()])) if not sees]
     if training_args.process_index == 0:
         probe.rmdir()

@@ -38,7 +38,7 @@ from transformers.trainer_utils import rotate_checkpoints
 import medusa_fsdp
 from errors import BadInput, first_line
 from medusa_checkpoint import find_heads, fsync, load_heads
-from medusa_model import MedusaModel
+from medusa_model import MedusaModel, under
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,7 @@ def set_head_weights(medusa, state_dict: dict[str, torch.Tensor], several: bool)
     """Puts whole weights (names of the heads file; empty but on rank 0) into wrapped heads, one head at a time."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     for k, head in enumerate(medusa.medusa_heads):
-        mine = {name.split(".", 1)[1]: t for name, t in state_dict.items() if name.split(".", 1)[0] == str(k)}
-        set_model_state_dict(head, mine, options=options)
+        set_model_state_dict(head, under(f"{k}.", state_dict), options=options)
 
 
 def start_over(directory: Path):
@@ -248,10 +247,7 @@ class CheckpointingTrainer(Trainer):
         try:
             self._on_rank_0(lambda: start_over(staging))
             yield
-        except (
-            torch.OutOfMemoryError,
-            torch.distributed.DistError,
-        ):  # RuntimeErrors that have nothing to do with a disk
+        except (torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors too, but not of a disk
             raise
         except WRITE_ERRORS as error:
             if self.is_world_process_zero():

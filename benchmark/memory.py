@@ -28,16 +28,14 @@ import liger_kernel  # noqa: F401  (fail here, not after minutes)
 import transformers
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, TrainerCallback
-from transformers.integrations.liger import apply_liger_kernel
 
 from arguments import TrainingArguments
 from backbone import empty_backbone
 from batches import Collator
-from medusa_loss import choose_impl
+from callback import GIB
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer
 
-GIB = 2**30
 STEPS = 3  # per length
 LLAMA3_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 LLAMA3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -99,14 +97,11 @@ def build_trainer(options) -> MedusaTrainer:
     model = MedusaModel.from_backbone(backbone, heads, dtype=torch.float32, fill=False)
     if stage_1:
         model.freeze_backbone()
-    model.loss_impl = choose_impl(options.impl != "torch", args.device)
-    if options.impl != "torch" and args.device.type == "cuda":
-        apply_liger_kernel(backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    model.choose_kernels(options.impl != "torch", args.device)
     rows = []
     for length in options.lengths:  # every token but the first is a row
-        row = {"input_ids": list(range(100, 100 + 100)) * (length // 100 + 1)}
-        row = {"input_ids": row["input_ids"][:length], "labels": row["input_ids"][:length]}
-        rows += [row] * (STEPS * options.batch_size * options.world_size)
+        tokens = (list(range(100, 200)) * (length // 100 + 1))[:length]
+        rows += [{"input_ids": tokens, "labels": tokens}] * (STEPS * options.batch_size * options.world_size)
     return FakeRanksTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
 
 

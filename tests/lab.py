@@ -1,4 +1,4 @@
-"""Runs of train.py on one and two processes, for test_distributed.py and test_resume.py.
+"""Runs of train.py on one, two and four processes, for test_distributed.py and test_resume.py.
 
 The processes are forked from one that has imported everything (worker.py), talk over gloo and use the CPU.
 """
@@ -34,11 +34,8 @@ EACH = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "f
 FIRST = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_SYNC_MODULE_STATES": "true"}
 SIZES = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
 SIZES |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
-READS = {
-    "FSDP2": FIRST,
-    HSDP: FIRST | SIZES,
-    "FSDP1": EACH,
-}  # who reads the weights; accelerate's FSDP1 cannot send them without a GPU
+# Who reads the weights; accelerate's FSDP1 cannot send them without a GPU.
+READS = {"FSDP2": FIRST, HSDP: FIRST | SIZES, "FSDP1": EACH}
 NONE = {}
 CLIP, STEPS = 0.02, 8
 TIMEOUT = 60  # a run takes one or two seconds

@@ -28,18 +28,7 @@ def test_one_rank_of_eight(stage, tmp_path):
     paths = (ROOT / "tests", ROOT / "benchmark", ROOT)
     environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "ACCELERATE_USE_CPU": "true"}
     environment.pop("TRITON_INTERPRET", None)
-    flags = [
-        "--stage",
-        str(stage),
-        "--tiny",
-        "--heads",
-        "2",
-        "--lengths",
-        "16",
-        "32",
-        "--out",
-        tmp_path / "memory.csv",
-    ]
+    flags = f"--stage {stage} --tiny --heads 2 --lengths 16 32".split() + ["--out", tmp_path / "memory.csv"]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *flags], env=environment, capture_output=True, text=True, check=False
     )
