@@ -9,19 +9,16 @@ scripts/llama3_8b_medusa.sh is the same with settings that suit an 8B model; arg
 import hashlib
 import logging
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-import accelerate
 import torch
-import transformers
 from accelerate.utils import gather_object
 
 import errors
+import provenance
 from arguments import parse
 from backbone import empty_backbone, load_backbone, load_backbone_config
 from batches import Collator
@@ -103,6 +100,10 @@ def build_model(model_args, data_args, training_args, tokenizer, heads_dir: Path
         logger.info("starting from the heads in %s", heads_dir)
     if training_args.medusa_only_heads:
         model.freeze_backbone()
+    if training_args.fp8_backbone:
+        from fp8 import use_fp8  # not above: it needs Triton
+
+        use_fp8(backbone, training_args.device)
     model.choose_kernels(model_args.use_liger, training_args.device)
     return model
 
@@ -212,18 +213,12 @@ def check_ranks(training_args, **same: str):
 
 def write_command(training_args, where: str):
     """train_command.txt: what made the weights beside it."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    commit = found.stdout.strip() if found.returncode == 0 else "not a git checkout"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    libraries = (torch, transformers, accelerate)
-    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
     lines = (
-        shlex.join([os.path.basename(sys.executable), *sys.argv]),
+        provenance.command(),
         f"date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-        f"commit: {commit}",
-        f"versions: python {sys.version.split()[0]}, {versions}",
-        f"GPU: {gpu} (processes: {training_args.world_size}, {where})",
+        f"commit: {provenance.commit()}",
+        f"versions: {provenance.versions()}",
+        f"GPU: {provenance.gpu()} (processes: {training_args.world_size}, {where})",
     )
     os.makedirs(training_args.output_dir, exist_ok=True)
     Path(training_args.output_dir, "train_command.txt").write_text("\n".join(lines) + "\n")
