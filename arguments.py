@@ -87,6 +87,20 @@ class TrainingArguments(transformers.TrainingArguments):
     medusa_lr_multiplier: float = field(
         default=1.0, metadata={"help": "The heads' learning rate over --learning_rate, which the backbone has."}
     )
+    gradient_checkpointing_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 2, with --gradient_checkpointing True: recompute only the first N decoder layers, and keep "
+            "the activations of the others (default: recompute all). As few as memory allows is fastest."
+        },
+    )
+    fp8_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Stage 1: the frozen backbone multiplies in 8-bit floating point, each row scaled to its range. "
+            "Faster on GPUs that can (H100 and later), a little less exact: docs/performance.md."
+        },
+    )
     offload_activations: bool = field(
         default=False,
         metadata={
@@ -105,6 +119,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True  # or --bf16 is refused, though a CPU computes in bf16 too
             self.dataloader_pin_memory = False
         super().__post_init__()
+        # Or the copy of a batch to the GPU waits until the last step is done. It needs pinned memory.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.n_gpu > 1:  # one process that sees several GPUs uses one; the Trainer would use DataParallel
             self._n_gpu = 1
         self.remove_unused_columns = False  # columns are chat_data's business
@@ -180,8 +196,25 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
         "--medusa_heads_path goes with heads, not with --medusa_return False": (
             model.medusa_heads_path is not None and not model.medusa_return
         ),
+        "--fp8_backbone is for a backbone that is frozen: it goes with --medusa_only_heads True (stage 1)": (
+            training.fp8_backbone and not training.medusa_only_heads
+        ),
+        "--fp8_backbone goes with --bf16 True: what is not a product stays in bf16": (
+            training.fp8_backbone and not training.bf16
+        ),
         "--offload_activations keeps what --gradient_checkpointing True of stage 2 leaves: use it with that": (
             training.offload_activations and (training.medusa_only_heads or not training.gradient_checkpointing)
+        ),
+        "--gradient_checkpointing_layers goes with --gradient_checkpointing True in stage 2": (
+            training.gradient_checkpointing_layers is not None
+            and (training.medusa_only_heads or not training.gradient_checkpointing)
+        ),
+        f"--gradient_checkpointing_layers {training.gradient_checkpointing_layers}: at least 1; to recompute nothing "
+        "use --gradient_checkpointing False": (
+            training.gradient_checkpointing_layers is not None and training.gradient_checkpointing_layers < 1
+        ),
+        "--offload_activations keeps layer inputs only: leave --gradient_checkpointing_layers out": (
+            training.offload_activations and training.gradient_checkpointing_layers is not None
         ),
         "--dtype bfloat16 has no effect under FSDP, which keeps a shard of fp32 weights: leave it out": (
             model.dtype == "bfloat16" and env_flag("ACCELERATE_USE_FSDP")

@@ -106,17 +106,17 @@ class EfficiencyCallback(TrainerCallback):
             if self.peak is None:
                 name = torch.cuda.get_device_name(device)
                 logger.warning("unknown GPU %s: no MFU; the useful TFLOP/s are logged all the same", name)
-        self.step = Meter()
         self.reset()
 
     def reset(self):
-        self.steps_seen, self.pending = 0, 0
+        self.steps_seen, self.counts, self.pending = 0, None, []
         self.since_log, self.total = Meter(), Meter()
         self.started = None
 
-    def count(self, rows: list[int], tokens: int, slots: int, pairs: int):
-        """What the coming step holds: rows per head, tokens, token slots with padding, attention pairs."""
-        self.step = Meter(0.0, 1, tokens, slots, sum(rows[1:]) or rows[0], self.flops.step(rows, tokens, pairs))
+    def count(self, counts: torch.Tensor):
+        """What the coming step holds, int64 `[K+4]`: rows of head 0..K, tokens, token slots with padding, attention
+        pairs. Looked at only when the clock is read: until then a GPU need not have counted them."""
+        self.counts = counts
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -124,13 +124,17 @@ class EfficiencyCallback(TrainerCallback):
         return time.perf_counter()
 
     def read_clock(self):
-        """Adds the time since the last reading, if there were steps in it, and starts a new interval."""
+        """Adds the steps since the last reading and their time, and starts a new interval."""
         now = self.now()
         if self.pending:
-            self.since_log.seconds += now - self.started
+            *rows, tokens, slots, pairs = torch.stack(self.pending).sum(0).tolist()
+            flops = self.flops.step(rows, tokens, pairs)
+            steps = len(self.pending)
+            meter = Meter(now - self.started, steps, tokens, slots, sum(rows[1:]) or rows[0], flops)
+            self.since_log.add(meter)
             if self.steps_seen > self.warmup_steps:
-                self.total.seconds += now - self.started
-        self.started, self.pending = now, 0
+                self.total.add(meter)
+        self.started, self.pending = now, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.reset()
@@ -143,10 +147,7 @@ class EfficiencyCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps_seen += 1
-        self.pending += 1
-        self.since_log.add(self.step)
-        if self.steps_seen > self.warmup_steps:
-            self.total.add(self.step)
+        self.pending.append(self.counts)
         if self.steps_seen == self.warmup_steps or pauses(control):
             self.read_clock()  # only where it must be read: reading it drains the GPU's queue
 
@@ -155,7 +156,7 @@ class EfficiencyCallback(TrainerCallback):
             self.read_clock()
 
     def restart(self, args, state, control, **kwargs):
-        self.started = self.now()
+        self.read_clock()  # steps are pending only where training ends between two logs
 
     on_log = on_evaluate = on_save = restart
 
@@ -207,6 +208,7 @@ class Meter:
     flops: float = 0.0
 
     def add(self, step: "Meter"):
+        self.seconds += step.seconds
         self.steps += step.steps
         self.tokens += step.tokens
         self.slots += step.slots

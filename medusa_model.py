@@ -261,7 +261,7 @@ class MedusaModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         head_weights: list[float] | None = None,
-        rows: list[int] | None = None,
+        rows: torch.Tensor | None = None,
         output_hidden: bool = False,
     ) -> MedusaOutput:
         """All `[B, T]`. Every head forward, then one backward by the caller: the plain form of the training step
@@ -269,7 +269,7 @@ class MedusaModel(PreTrainedModel):
 
         head_weights: K+1 weights of the heads in the loss. Default: 1, and 0 for head 0 where the backbone is frozen;
             head 0 is not computed if its weight is 0.
-        rows: K+1 row counts to divide by, those of the whole optimiser step (default: this batch's).
+        rows: `[K+1]` row counts to divide by, those of the whole optimiser step, at least 1 (default: this batch's).
         """
         hidden = self.decode(input_ids, attention_mask, position_ids)
         if output_hidden:
@@ -286,7 +286,7 @@ class MedusaModel(PreTrainedModel):
         for k in range(first, num_heads + 1):
             out = self.head_loss(k, hidden, labels, position_ids)
             out.add_to(sums[k])
-            loss = out.loss_sum / max(1, rows[k] if rows else out.rows)
+            loss = out.loss_sum / (max(1, out.rows) if rows is None else rows[k])
             losses[k] = loss.detach()
             total = total + head_weights[k] * loss
         accuracies = (sums[:, 1] / sums[:, 2].clamp(min=1)).float()

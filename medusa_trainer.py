@@ -48,6 +48,9 @@ class MedusaTrainer(CheckpointingTrainer):
         self.where = where
         if self.args.offload_activations and not self.one_by_one:
             raise BadInput(f"--offload_activations needs FSDP2 or one process, and this is {where}")
+        layers, recomputed = len(self.medusa.backbone.get_decoder().layers), self.args.gradient_checkpointing_layers
+        if recomputed is not None and recomputed > layers:
+            raise BadInput(f"--gradient_checkpointing_layers {recomputed}: the backbone has {layers} layers")
         form = "all heads forward, then one backward"
         if self.one_by_one:
             form = "one head after the other (forward and backward), then the backbone"
@@ -67,11 +70,13 @@ class MedusaTrainer(CheckpointingTrainer):
         if not batches:
             return batches, None
         self._mask_repeated(batches[-1], self.train_dataset)
-        counts = torch.stack([batch_counts(batch, self.num_heads) for batch in batches]).sum(0).to(device)
-        *rows, tokens, slots, pairs = self.accelerator.reduce(counts).tolist()
+        counts = torch.stack([batch_counts(batch, self.num_heads) for batch in batches]).sum(0)
+        counts = self.accelerator.reduce(counts.to(device))
+        # They stay on the device: to read them here would wait for the last step to end, and leave the GPU idle while
+        # the first layers of the next one are launched.
         if self.meter is not None:
-            self.meter.count(rows=rows, tokens=tokens, slots=slots, pairs=pairs)
-        return batches, rows
+            self.meter.count(counts)
+        return batches, counts[: self.num_heads + 1].clamp(min=1)
 
     def _mask_repeated(self, batch: dict, dataset):
         """The last batch of an epoch may lack conversations; accelerate fills it up with some from the start, so that
@@ -88,10 +93,10 @@ class MedusaTrainer(CheckpointingTrainer):
         """Without the attention mask: padding is on the right, and causal attention never looks there from a token."""
         return super()._prepare_inputs({key: value for key, value in inputs.items() if key != "attention_mask"})
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: list[int] | None = None):
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None):
         """One micro-batch forward and backward; returns its share of the step's loss.
 
-        num_items_in_batch: rows per head of the whole step, which `get_batch_samples` counted.
+        num_items_in_batch: `[K+1]`, rows per head of the whole step (at least 1), which `get_batch_samples` counted.
         """
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimisers
@@ -99,18 +104,16 @@ class MedusaTrainer(CheckpointingTrainer):
         inputs = self._prepare_inputs(inputs)
         weights = self.head_weights((self.state.global_step + 1) / self.state.max_steps)
         # Gradients are averaged over the ranks, while the row counts are already those of all ranks.
-        scales = [
-            weight * self.accelerator.num_processes / max(1, rows)
-            for weight, rows in zip(weights, num_items_in_batch, strict=True)
-        ]
-        loss = self._one_by_one(inputs, scales) if self.one_by_one else self._all_at_once(model, inputs, scales)
+        weights = [weight * self.accelerator.num_processes for weight in weights]
+        step = self._one_by_one if self.one_by_one else self._all_at_once
+        loss = step(model, inputs, weights, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._stop_if_not_finite()
             self.window += self.step_sums
             self.step_sums.zero_()
         return loss
 
-    def _one_by_one(self, inputs, scales):
+    def _one_by_one(self, model, inputs, weights, rows):
         """Peak memory grows with one head, not with K + 1 (arXiv 2404.19737, section 2): a head's forward and
         backward, then the next one's; d_hidden adds up in `leaf`, and goes through the backbone once."""
         medusa, labels, position_ids = self.medusa, inputs["labels"], inputs.get("position_ids")
@@ -127,7 +130,7 @@ class MedusaTrainer(CheckpointingTrainer):
             medusa_fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
             with self.accelerator.autocast():
                 out = medusa.head_loss(k, hidden if with_backbone else leaf, labels, position_ids)
-            scaled = out.loss_sum * scales[k]
+            scaled = out.loss_sum * weights[k] / rows[k]
             if with_backbone:
                 joint.append(scaled)
             else:
@@ -142,8 +145,8 @@ class MedusaTrainer(CheckpointingTrainer):
             torch.autograd.backward([hidden, *joint], [d_hidden] + [None] * len(joint))
         return loss
 
-    def _all_at_once(self, model, inputs, scales):
-        out = model(**inputs, head_weights=scales, rows=[1] * len(scales))
+    def _all_at_once(self, model, inputs, weights, rows):
+        out = model(**inputs, head_weights=weights, rows=rows)
         out.loss.backward()
         self.step_sums += out.head_sums
         return out.loss.detach()
@@ -241,6 +244,9 @@ class MedusaTrainer(CheckpointingTrainer):
         return 0  # the Trainer's estimate counts a backward through a frozen backbone; see EfficiencyCallback
 
     def _prepare_for_training(self, *args, **kwargs):
+        if self.args.gradient_checkpointing_layers is not None:  # the Trainer has switched it on for all
+            for layer in self.medusa.backbone.get_decoder().layers[self.args.gradient_checkpointing_layers :]:
+                layer.gradient_checkpointing = False
         prepared = super()._prepare_for_training(*args, **kwargs)
         medusa_fsdp.link_units(self.medusa)
         return prepared

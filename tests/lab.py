@@ -191,11 +191,14 @@ CASES = {
     "drop last": STAGE_1 | {"--dataloader_drop_last": True},
     "no heads": {"--medusa_return": False, "--medusa_heads_path": None},
     "checkpointing": STAGE_2 | {"--gradient_checkpointing": True},
+    "some recomputed": STAGE_2 | {"--gradient_checkpointing": True, "--gradient_checkpointing_layers": 1},
     "offload": STAGE_2 | {"--gradient_checkpointing": True, "--offload_activations": True},
     "best, stage 1": STAGE_1 | BEST,
     "best, stage 2": STAGE_2 | BEST,
 }
-NO_DIFFERENCE = {"checkpointing": "stage 2", "offload": "stage 2"}  # compared with a run without
+NO_DIFFERENCE = dict.fromkeys(
+    ("checkpointing", "some recomputed", "offload"), "stage 2"
+)  # compared with a run without
 
 
 def figures(out: Path) -> list[dict]:

@@ -27,6 +27,18 @@ def parse_with(*flags):
         ("--eval_strategy epoch", "--eval_strategy .* add --eval_data_path or --eval_holdout"),
         ("--label_smoothing_factor 0.1", "--label_smoothing_factor"),
         ("--torch_compile True", "--torch_compile"),
+        ("--gradient_checkpointing_layers 4", "--gradient_checkpointing_layers goes with"),
+        (
+            "--gradient_checkpointing True --gradient_checkpointing_layers 4 --medusa_only_heads True",
+            "--gradient_checkpointing_layers goes with",
+        ),
+        ("--gradient_checkpointing True --gradient_checkpointing_layers 0", "_layers 0: at least 1"),
+        (
+            "--gradient_checkpointing True --gradient_checkpointing_layers 4 --offload_activations True",
+            "leave --gradient_checkpointing_layers out",
+        ),
+        ("--fp8_backbone True --bf16 True", "--fp8_backbone .*stage 1"),
+        ("--fp8_backbone True --medusa_only_heads True", "--fp8_backbone .* --bf16 True"),
         ("--model_name_or_path=", "--model_name_or_path is empty"),
         ("--chat_template no.jinja", "--chat_template no.jinja"),
     ],
@@ -46,6 +58,8 @@ def test_refused(flags, named):
         "--eval_strategy steps --eval_holdout 0.1",
         "--eval_strategy epoch --eval_data_path e",
         "--medusa_return False",
+        "--gradient_checkpointing True --gradient_checkpointing_layers 4",
+        "--fp8_backbone True --medusa_only_heads True --bf16 True",
         "--warmup_steps 0.1",  # what --warmup_ratio is told to become
     ],
 )

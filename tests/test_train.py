@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import logged, make_backbone, make_conversations, make_tokenizer, saved_state, weights, write_jsonl
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import train as script
 from arguments import TrainingArguments
@@ -205,6 +206,23 @@ def test_gradient_checkpointing_changes_no_number(train):
     common = ("--max_steps", 2, "--medusa_only_heads", False)
     recomputed = train(*common, "--gradient_checkpointing", True, output="recomputed")
     assert_same(weights(recomputed), weights(train(*common, output="kept")), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_first_layers_are_recomputed(train, monkeypatch):
+    forward, calls = LlamaMLP.forward, []
+
+    def counted(self, x):
+        calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    common = ("--max_steps", 2, "--medusa_only_heads", False, "--gradient_checkpointing", True)
+    half = train(*common, "--gradient_checkpointing_layers", 1, output="half")
+    first, second = calls[:2]
+    assert calls == [first, second, first] * 2 and first is not second  # the first one again in the backward pass
+    assert_same(weights(half), weights(train(*common, output="all")), rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="the backbone has 2 layers"):
+        train(*common, "--gradient_checkpointing_layers", 3, output="too-many")
 
 
 @pytest.mark.parametrize(
