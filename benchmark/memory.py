@@ -6,26 +6,19 @@ The process believes it is rank 0 of N: weights, gradients and Adam's moments ar
 allocates is allocated, but collectives move nothing. So numbers (losses) mean nothing, times leave communication out,
 and NCCL's own buffers (about 1 GiB, by its settings) come on top. LLaMA-3-8B shapes, no weights needed.
 
-One run trains three optimiser steps at each length and reports the peak of the last two; the first one makes Adam's
-moments. An out-of-memory error is a row too, and ends the run.
+Each implementation (benchmark/common.py) with each number of heads trains two optimiser steps at each length in turn.
+A row has the peak of the last step at its length, in GiB, and what is held between steps: the first step of all makes
+Adam's moments. Where memory runs out, the row says OOM, and the next combination follows.
 """
 
 import argparse
-import csv
+import gc
 import os
-import shlex
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import accelerate
-import liger_kernel  # noqa: F401  (fail here, not after minutes)
-import transformers
+from common import IMPLEMENTATIONS, LLAMA3_8B, TINY, append, choose_implementation, origin, random_rows, trainer_class
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, TrainerCallback
 
@@ -36,11 +29,7 @@ from callback import GIB
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer
 
-STEPS = 3  # per length
-LLAMA3_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-LLAMA3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-TINY = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 131072}
+STEPS = 2  # per length
 
 
 def become_rank_0_of(world_size: int, fsdp_version: int):
@@ -56,30 +45,26 @@ def become_rank_0_of(world_size: int, fsdp_version: int):
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
 
 
-class FakeRanksTrainer(MedusaTrainer):
-    def _stop_if_not_finite(self):
-        """Gathered weights are whatever was in memory, so a NaN says nothing."""
+class LastStepOfEachLength(TrainerCallback):
+    """Calls `report` with the step's peak and what is left after it, in GiB (on a CPU: 0)."""
 
-
-class PeakPerStep(TrainerCallback):
-    """Peak and resting bytes of every step on `device` (on a CPU: 0)."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.steps = device.type == "cuda", []
+    def __init__(self, report):
+        self.report = report
 
     def on_step_begin(self, *args, **kwargs):
-        if self.cuda:
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_step_end(self, *args, **kwargs):
-        figures = (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated) if self.cuda else ()
-        self.steps.append([figure() / GIB for figure in figures] or [0.0, 0.0])
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % STEPS == 0:
+            figures = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+            self.report(*(f"{figure / GIB:.2f}" for figure in figures))
 
 
-def build_trainer(options) -> MedusaTrainer:
-    stage_1 = options.stage == 1
+def build_trainer(options, implementation: str, heads: int, directory: str) -> MedusaTrainer:
+    stage_1, shape = options.stage == 1, TINY if options.smoke else LLAMA3_8B
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=directory,
         medusa_only_heads=stage_1,
         bf16=True,
         per_device_train_batch_size=options.batch_size,
@@ -87,84 +72,74 @@ def build_trainer(options) -> MedusaTrainer:
         gradient_checkpointing=not stage_1,
         offload_activations=options.offload_activations,
         train_sampling_strategy="sequential",
-        logging_steps=STEPS,
+        logging_strategy="no",
         save_strategy="no",
         report_to="none",
     )
-    config = LlamaConfig(**(TINY if options.tiny else LLAMA3_8B), tie_word_embeddings=False)
-    backbone = empty_backbone(config, torch.bfloat16 if stage_1 else torch.float32)
-    heads = MedusaConfig(medusa_num_heads=options.heads, medusa_num_layers=1)
-    model = MedusaModel.from_backbone(backbone, heads, dtype=torch.float32, fill=False)
+    backbone = empty_backbone(LlamaConfig(**shape), torch.bfloat16 if stage_1 else torch.float32)
+    config = MedusaConfig(medusa_num_heads=heads)
+    model = MedusaModel.from_backbone(backbone, config, dtype=torch.float32, fill=False)
     if stage_1:
         model.freeze_backbone()
-    model.choose_kernels(options.impl != "torch", args.device)
+    choose_implementation(model, implementation, args.device)
     rows = []
-    for length in options.lengths:  # every token but the first is a row
-        tokens = (list(range(100, 200)) * (length // 100 + 1))[:length]
-        rows += [{"input_ids": tokens, "labels": tokens}] * (STEPS * options.batch_size * options.world_size)
-    return FakeRanksTrainer(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
+    for length in options.lengths:
+        rows += random_rows(shape, length, 1) * (STEPS * options.batch_size * options.world_size)
+    trainer = trainer_class(implementation)(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
+    trainer._stop_if_not_finite = lambda: None  # gathered weights are whatever was in memory: a NaN says nothing
+    return trainer
 
 
-def measure(options) -> list[dict]:
-    """One row per length; the length at which memory ran out is the last one."""
-    become_rank_0_of(options.world_size, options.fsdp)
-    trainer = build_trainer(options)
-    peaks = PeakPerStep(trainer.args.device)
-    trainer.add_callback(peaks)
-    problem = None
-    try:
-        trainer.train()
-    except torch.OutOfMemoryError:
-        problem = "OOM"
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    common = {
-        "stage": options.stage,
-        "heads": options.heads,
-        "batch_size": options.batch_size,
-        "world_size": options.world_size,
-        "implementation": f"{trainer.medusa.loss_impl} fsdp{options.fsdp}"
-        + (" offload" if options.offload_activations else ""),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"accelerate {accelerate.__version__}",
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown",
-        "command": shlex.join(["python", "benchmark/memory.py", *sys.argv[1:]]),
-    }
-    rows = []
-    for i, length in enumerate(options.lengths):
-        steps = peaks.steps[STEPS * i + 1 : STEPS * (i + 1)]
-        if len(steps) == STEPS - 1:
-            peak, resting = (max(column) for column in zip(*steps, strict=True))
-            rows.append({"length": length, "peak_gib": f"{peak:.2f}", "resting_gib": f"{resting:.2f}"} | common)
-        elif problem:
-            rows.append({"length": length, "peak_gib": problem, "resting_gib": ""} | common)
-            break
-    return rows
+def measure(options, implementation: str, heads: int, source: dict):
+    """Writes one row after the other; the length at which memory ran out is the last one. source: `origin()`."""
+    lengths = iter(options.lengths)
+
+    def report(peak: str, resting: str):
+        row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size}
+        row |= {"world_size": options.world_size, "length": next(lengths), "implementation": implementation}
+        row["options"] = f"fsdp{options.fsdp}" + " offload" * options.offload_activations
+        row |= {"peak_gib": peak, "resting_gib": resting} | source
+        print(*(f"{key} {value}" for key, value in row.items() if key not in source), sep=", ", flush=True)
+        if options.out:
+            append(options.out, row)
+
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            trainer = build_trainer(options, implementation, heads, directory)
+            trainer.add_callback(LastStepOfEachLength(report))
+            trainer.train()
+        except torch.OutOfMemoryError:
+            report("OOM", "")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world_size", type=int, default=8)
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    parser.add_argument("--heads", type=int, default=5)
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--batch_size", type=int, default=4, help="conversations per GPU")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--fsdp", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--impl", choices=("liger", "torch"), default="liger", help="torch: all logits of a head")
-    parser.add_argument("--offload_activations", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="a model of 30,000 weights, to try the script itself")
+    parser.add_argument("--offload_activations", action="store_true", help="with --implementations ours only")
+    parser.add_argument("--limit_gib", type=float, help="memory runs out here: a larger GPU stands for a smaller one")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the script itself")
     parser.add_argument("--out", type=Path, help="CSV to append to")
     options = parser.parse_args()
-    rows = measure(options)
-    for row in rows:
-        print(f"stage {row['stage']}, {row['heads']} heads, length {row['length']}: {row['peak_gib']} GiB", flush=True)
-    if options.out:
-        new = not options.out.exists()
-        with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    if options.offload_activations and options.implementations != ["ours"]:
+        parser.error("--offload_activations works with one head after the other: add --implementations ours")
+    become_rank_0_of(options.world_size, options.fsdp)
+    if options.limit_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.limit_gib * GIB / total, 0)
+    source = origin()
+    # hf first: Liger's kernels stay in transformers, for every model that is made after them.
+    for implementation in sorted(options.implementations, key=IMPLEMENTATIONS.index):
+        for heads in options.heads:
+            measure(options, implementation, heads, source)
+            gc.collect()  # a trainer and its model point at each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,153 @@
+"""One head's loss alone, forward and backward, at LLaMA-3-8B's sizes: what chunks of rows cost, and what they save.
+
+    python benchmark/head_loss.py --out benchmark/results/head_loss.csv
+
+hidden `[rows, 4096]`, weight `[128256, 4096]`, bf16, every row a target. Plain torch with all logits, Liger's kernel
+with its own chunks and with larger ones, and plain torch in chunks (`impl` of medusa_loss.py).
+
+    ms           median time of --repeats passes
+    tflops       TFLOP/s of the three products that are needed, 6 x rows x V x H
+    extra_gib    GiB at most on top of the inputs, of which the two gradients are 1 and more; OOM: memory ran out
+    loss_error, grad_error   ||a - b|| / ||b|| against plain torch in fp32; the larger one of the two gradients
+
+An error above 2 % ends the run, and what computes something else is not timed.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import CHUNK_ROWS, LLAMA3_8B, TINY, append, origin
+
+import medusa_loss
+from callback import GIB
+from medusa_loss import choose_impl, linear_cross_entropy
+
+ROWS, CHUNKS = (4096, 8192, 16384), (1024, 2048, 4096, 8192)
+SMOKE_ROWS, SMOKE_CHUNKS = (64, 128), (16, 32)
+ERROR_LIMIT = 2e-2
+WARM_UPS = 3
+
+
+def make_inputs(shape: dict, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden `[R, H]` and weight `[V, H]` in bf16, logits are normal with a deviation of 1; targets `[R]`."""
+    generator = torch.Generator(device).manual_seed(0)
+    vocab, size = shape["vocab_size"], shape["hidden_size"]
+    hidden = torch.randn(rows, size, generator=generator, device=device).bfloat16()
+    weight = (torch.randn(vocab, size, generator=generator, device=device) * size**-0.5).bfloat16()
+    targets = torch.randint(vocab, (rows,), generator=generator, device=device)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def forward_backward(hidden, weight, targets, impl: str) -> list[torch.Tensor]:
+    """Summed loss, d_hidden, d_weight."""
+    loss, _ = linear_cross_entropy(hidden, weight, targets, impl)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+def reference(hidden, weight, targets) -> list[torch.Tensor]:
+    """The same by plain torch in fp32, in parts: for 16,384 rows, all logits and their gradients would be 24 GiB."""
+    hidden, weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
+    loss, d_hidden, d_weight = torch.zeros((), device=hidden.device), [], torch.zeros_like(weight)
+    for rows in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+        part = forward_backward(rows[0], weight, rows[1], "torch")
+        loss += part[0]
+        d_hidden.append(part[1])
+        d_weight += part[2]
+    return [loss, torch.cat(d_hidden), d_weight]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (torch.linalg.vector_norm(found.float() - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def liger_chunk(asked: int, rows: int, shape: dict) -> int:
+    """Rows in Liger's chunks if CHUNK_ROWS is `asked`: what medusa_loss.py makes of it, then what Liger does."""
+    vocab, size = shape["vocab_size"], shape["hidden_size"]
+    chunk_mem_const = max(1, vocab // (-(-rows // asked) * size))
+    chunks = -(-vocab // (chunk_mem_const * size))
+    return min(rows, 2 ** (-(-rows // chunks) - 1).bit_length())
+
+
+def candidates(rows: int, shape: dict, sizes: tuple[int, ...], device: torch.device):
+    """Yields name, `impl`, what CHUNK_ROWS has to be, and the rows in a chunk."""
+    yield "torch, all logits", "torch", rows, rows
+    if choose_impl(True, device) == "liger":
+        yield "liger, default chunks", "liger", 1, liger_chunk(1, rows, shape)
+        for size in sizes:
+            if liger_chunk(size, rows, shape) == size:  # not for all: Liger's chunks come in few sizes
+                yield f"liger, {size} rows a chunk", "liger", size, size
+    else:
+        print("liger skipped: it needs a GPU, or TRITON_INTERPRET=1")
+    yield f"chunked plain torch, {CHUNK_ROWS}", "chunked", CHUNK_ROWS, min(rows, CHUNK_ROWS)
+
+
+def now(cuda: bool):
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def measure(inputs, impl: str, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of one pass, and the GiB it allocates at most (on a CPU: 0)."""
+    cuda = inputs[0].is_cuda
+    for _ in range(WARM_UPS):
+        forward_backward(*inputs, impl)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before, marks = torch.cuda.memory_allocated(), [now(cuda)]
+    for _ in range(repeats):
+        forward_backward(*inputs, impl)
+        marks.append(now(cuda))
+    if cuda:
+        torch.cuda.synchronize()
+    times = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in itertools.pairwise(marks)]
+    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+def compare(inputs, expected, impl: str, repeats: int) -> dict:
+    """The columns of one implementation. Raises SystemExit if it computes something else than `expected`."""
+    loss, *grads = (relative_error(*pair) for pair in zip(forward_backward(*inputs, impl), expected, strict=True))
+    errors = {"loss_error": f"{loss:.1e}", "grad_error": f"{max(grads):.1e}"}
+    if not all(error <= ERROR_LIMIT for error in (loss, *grads)):  # so that NaN is too large as well
+        sys.exit(f"{impl}, {len(inputs[0])} rows: not what plain torch computes in fp32, relative errors {errors}")
+    ms, gib = measure(inputs, impl, repeats)
+    flops = 6 * len(inputs[0]) * inputs[1].numel()
+    return {"ms": f"{ms:.2f}", "tflops": f"{flops / ms / 1e9:.1f}", "extra_gib": f"{gib:.2f}"} | errors
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the script itself; needs no GPU")
+    parser.add_argument("--out", type=Path, help="CSV to append to")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.smoke:
+        parser.error("there is no GPU: only --smoke runs without one")
+    shape, source = TINY if options.smoke else LLAMA3_8B, origin()
+    for rows in SMOKE_ROWS if options.smoke else ROWS:
+        inputs = make_inputs(shape, rows, device)
+        expected = reference(*inputs)
+        for name, impl, asked, chunk in candidates(rows, shape, SMOKE_CHUNKS if options.smoke else CHUNKS, device):
+            medusa_loss.CHUNK_ROWS = asked
+            row = {"rows": rows, "implementation": name, "chunk_rows": chunk}
+            try:
+                row |= compare(inputs, expected, impl, options.repeats)
+            except torch.OutOfMemoryError:
+                row |= {"ms": "", "tflops": "", "extra_gib": "OOM", "loss_error": "", "grad_error": ""}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
+            if options.out:
+                append(options.out, row | source)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Speed and memory of whole training steps on one GPU, through the real trainer: data loading, optimiser, logging.
+
+    python benchmark/throughput.py --stage 1 --out benchmark/results/throughput.csv
+    python benchmark/throughput.py --stage 1 --implementations ours --heads 5 --lengths 2048 --data_path chats.jsonl \\
+        --tokenizer meta-llama/Meta-Llama-3-8B-Instruct --out benchmark/results/throughput.csv
+
+LLaMA-3-8B shapes; weights and AdamW's moments are in bf16 (--dtype bfloat16), or an 8B model would not fit on one GPU.
+Weights and tokens are random, and every token is a target. A run is --warmup steps and --steps that count; the time is
+EfficiencyCallback's. Each combination starts from the same weights, and their losses and gradient norms are compared:
+where they differ, the script ends with an error, since then the work was not the same. Out of memory is a row too.
+
+ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 on a cool GPU; sustained_tflops the same
+after two seconds of them, when the GPU has reached its power limit, as it has in training.
+
+With --data_path, real conversations are compared: padded to --lengths, grouped by length, packed.
+"""
+
+import argparse
+import gc
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from arguments import TrainingArguments
+from batches import Collator
+from callback import EfficiencyCallback, FlopCount
+from chat_data import load_conversations, load_tokenizer, prepare
+
+# How far the same work may differ, relative, between implementations in bf16. The later losses follow from all earlier
+# gradients; without a head's gradient they would stay at ln(128256) = 11.8.
+TOLERANCE = {"first_loss": 2e-3, "grad_norm": 3e-2, "last_loss": 5e-2}
+
+
+def ceilings(device: torch.device) -> dict[str, str]:
+    """TFLOP/s of a large bf16 product, cool and under sustained load."""
+    if device.type != "cuda":
+        return {"ceiling_tflops": "", "sustained_tflops": ""}
+    n = 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def rate(seconds: float) -> float:
+        times, start = [], time.perf_counter()
+        while len(times) < 30 or time.perf_counter() - start < seconds:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            a @ b
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]))
+        return 2 * n**3 / sorted(times[-30:])[15] / 1e9
+
+    rate(0)  # loads the kernel
+    time.sleep(2)
+    return {"ceiling_tflops": f"{rate(0):.1f}", "sustained_tflops": f"{rate(2):.1f}"}
+
+
+class Trace(TrainerCallback):
+    """Writes where one step after the warm-up goes: GPU time by kernel, and the pauses between kernels."""
+
+    def __init__(self, at: int, path: Path):
+        self.at, self.path = at, path
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            activities = torch.profiler.ProfilerActivity
+            self.profile = torch.profiler.profile(activities=[activities.CPU, activities.CUDA])
+            self.profile.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step != self.at + 2:  # two steps: what happens between them counts too
+            return
+        torch.cuda.synchronize()
+        self.profile.stop()
+        cuda = torch.autograd.DeviceType.CUDA
+        found = [event for event in self.profile.events() if event.device_type == cuda and "#" not in event.name]
+        spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in found)
+        by_name, pauses, end, last = {}, [], spans[0][0], ""
+        for start, stop, name in spans:
+            total, count = by_name.get(name, (0.0, 0))
+            by_name[name] = (total + stop - start, count + 1)
+            if start > end + 20:
+                pauses.append((start - spans[0][0], start - end, last, name))
+            if stop > end:
+                end, last = stop, name
+        with self.path.open("w") as file:
+            file.write(f"two steps, {(end - spans[0][0]) / 1e3:.1f} ms under the profiler\n\nGPU ms, calls, kernel\n")
+            for name, (total, count) in sorted(by_name.items(), key=lambda item: -item[1][0]):
+                file.write(f"{total / 1e3:9.2f} {count:6d}  {name[:120]}\n")
+            file.write(
+                f"\npauses of more than 20 us: {len(pauses)}, {sum(p[1] for p in pauses) / 1e3:.2f} ms in all\n"
+            )
+            for at, length, before, after in pauses:
+                file.write(f"at {at / 1e3:8.2f} ms {length:6.0f} us  {before[:60]} -> {after[:60]}\n")
+
+
+def train(options, implementation: str, heads: int, length: int, recomputed: int, data: str, rows, device) -> dict:
+    """One run -> the figures of its row."""
+    shape, steps = common.TINY if options.smoke else common.LLAMA3_8B, options.warmup + options.steps
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        medusa_only_heads=options.stage == 1,
+        bf16=True,
+        per_device_train_batch_size=options.batch_size,
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        gradient_checkpointing=recomputed > 0,
+        gradient_checkpointing_layers=recomputed or None,
+        train_sampling_strategy="sequential" if data == "random" else "random",
+        logging_first_step=True,
+        logging_steps=steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0 if data == "random" else 4,
+    )
+    model = common.random_model(shape, heads, options.stage, torch.bfloat16, device)
+    common.choose_implementation(model, implementation, device)
+    if options.fp8_backbone:
+        from fp8 import use_fp8
+
+        use_fp8(model.backbone, device)
+    meter = EfficiencyCallback(FlopCount.of(model), device, warmup_steps=options.warmup)
+    trainer = common.trainer_class(implementation)(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=Collator(0, pad_to=length if data == "padded" else None),
+        meter=meter,
+    )
+    if options.trace:
+        name = f"stage{options.stage}_{implementation}_{heads}_heads_{length}.txt"
+        trainer.add_callback(Trace(options.warmup, options.trace / name))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    first, last = (entry for entry in trainer.state.log_history if "loss" in entry)
+    figures = meter.summary()
+    return {
+        "step_time_s": f"{figures['step_time_s']:.4f}",
+        "tokens_per_s": f"{figures['tokens_per_s']:.0f}",
+        "rows_per_s": f"{figures['rows_per_s']:.0f}",
+        "useful_tflops": f"{figures['useful_tflops']:.1f}",
+        "mfu": f"{figures['mfu']:.4f}" if "mfu" in figures else "",
+        "peak_gib": f"{figures['peak_allocated_gib']:.2f}" if device.type == "cuda" else "",
+        "reserved_gib": f"{figures['peak_reserved_gib']:.2f}" if device.type == "cuda" else "",
+        "first_loss": f"{first['loss']:.5f}",
+        "last_loss": f"{last['loss']:.5f}",
+        "grad_norm": f"{first['grad_norm']:.5f}",
+    }
+
+
+FIGURES = ("step_time_s", "tokens_per_s", "rows_per_s", "useful_tflops", "mfu")
+FIGURES += ("peak_gib", "reserved_gib", "first_loss", "last_loss", "grad_norm")
+OOM = dict.fromkeys(FIGURES, "") | dict.fromkeys(("step_time_s", "tokens_per_s", "peak_gib"), "OOM")
+
+
+def differences(rows: list[dict]) -> list[str]:
+    """What is not the same work in rows that only differ in the implementation; a sentence each."""
+    problems, first = [], {}
+    for row in rows:
+        if row["step_time_s"] == "OOM" or row["data"] != "random":
+            continue
+        want = first.setdefault((row["heads"], row["length"]), row)
+        for name, tolerance in TOLERANCE.items():
+            a, b = float(row[name]), float(want[name])
+            if not abs(a - b) <= tolerance * abs(b):
+                who = f"{row['implementation']} ({row['options']})", want["implementation"]
+                problems.append(
+                    f"{row['heads']} heads, {row['length']} tokens: {name} {a} of {who[0]}, {b} of {who[1]}"
+                )
+    return problems
+
+
+def conversations(options, length: int) -> dict:
+    """Real conversations by how they become batches: name -> dataset."""
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+    data = load_conversations(options.data_path)
+    data = data.shuffle(seed=0).select(range(min(options.conversations, len(data))))
+    kinds = {"padded": {}, "grouped": {}, "packed": {"packing": True}}
+    limits = {"max_length": length, "min_length": max(options.heads) + 2}
+    rows = {kind: prepare(data, options.data_path, tokenizer, **limits, **kwargs) for kind, kwargs in kinds.items()}
+    return rows | {"padded": rows["padded"].remove_columns("length")}  # or they would be grouped by it
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--implementations", nargs="+", choices=common.IMPLEMENTATIONS, default=common.IMPLEMENTATIONS)
+    parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument(
+        "--recomputed_layers",
+        type=int,
+        nargs="+",
+        help="stage 2, ours: --gradient_checkpointing_layers for each of --lengths (default: all layers; 0: none)",
+    )
+    parser.add_argument("--fp8_backbone", action="store_true", help="stage 1: as train.py's flag")
+    parser.add_argument("--data_path", help="real conversations instead of random tokens")
+    parser.add_argument("--tokenizer", help="for --data_path: a Hub id or a directory")
+    parser.add_argument("--chat_template", help="for a tokenizer without one")
+    parser.add_argument("--conversations", type=int, default=2000, help="of --data_path, drawn at random")
+    parser.add_argument(
+        "--trace", type=Path, help="directory for a profile of two steps of each run, which slows them"
+    )
+    parser.add_argument("--smoke", action="store_true", help="a model of 30,000 weights, to try the script itself")
+    parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
+    options = parser.parse_args()
+    if bool(options.data_path) != bool(options.tokenizer):
+        parser.error("--data_path and --tokenizer go together")
+    layers = (common.TINY if options.smoke else common.LLAMA3_8B)["num_hidden_layers"]
+    recomputed_layers = options.recomputed_layers or [layers] * len(options.lengths)
+    if len(recomputed_layers) != len(options.lengths):
+        parser.error("--recomputed_layers needs one number for each of --lengths")
+    if options.trace:
+        options.trace.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates, measured = ceilings(device), []
+    for implementation in options.implementations:
+        for heads in options.heads:
+            for length, some in zip(options.lengths, recomputed_layers, strict=True):
+                recomputed = 0 if options.stage == 1 else some if implementation == "ours" else layers
+                count = options.batch_size * (options.warmup + options.steps)
+                if options.data_path:
+                    sets = conversations(options, length)
+                else:
+                    sets = {
+                        "random": common.random_rows(
+                            common.TINY if options.smoke else common.LLAMA3_8B, length, options.batch_size
+                        )
+                    }
+                    sets["random"] *= count // options.batch_size
+                for data, rows in sets.items():
+                    try:
+                        figures = train(options, implementation, heads, length, recomputed, data, rows, device)
+                    except torch.OutOfMemoryError:
+                        figures = OOM
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    row = {
+                        "stage": options.stage,
+                        "heads": heads,
+                        "batch_size": options.batch_size,
+                        "length": length,
+                        "data": data,
+                        "implementation": implementation,
+                        "options": "fp8 backbone"
+                        if options.fp8_backbone
+                        else f"{recomputed} of {layers} layers recomputed"
+                        if options.stage == 2
+                        else "",
+                    }
+                    row |= figures | rates | {"steps": options.steps} | common.origin()
+                    common.append(options.out, row)
+                    measured.append(row)
+                    keys = ("heads", "length", "data", "implementation", "options", "step_time_s", "useful_tflops")
+                    print(*(row[key] for key in keys), row["peak_gib"], flush=True)
+                if figures is OOM:
+                    break  # longer ones need more
+    if problems := differences(measured):
+        raise SystemExit("not the same work:\n" + "\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
