@@ -2,16 +2,11 @@
 
 import csv
 import sys
-from pathlib import Path
 
 import pytest
+import throughput
 import torch
 from conftest import make_conversations, make_tokenizer, write_jsonl
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import throughput
 
 import medusa_model
 from medusa_trainer import MedusaTrainer
