@@ -119,15 +119,20 @@ def main():
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--batch_size", type=int, default=4, help="conversations per GPU")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 1024 2048 4096 8192; --smoke: 32 64")
     parser.add_argument("--fsdp", type=int, choices=(1, 2), default=2)
     parser.add_argument("--offload_activations", action="store_true", help="with --implementations ours only")
     parser.add_argument("--limit_gib", type=float, help="memory runs out here: a larger GPU stands for a smaller one")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the script itself")
     parser.add_argument("--out", type=Path, help="CSV to append to")
     options = parser.parse_args()
+    options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
     if options.offload_activations and options.implementations != ["ours"]:
         parser.error("--offload_activations works with one head after the other: add --implementations ours")
+    if options.smoke and not torch.cuda.is_available():
+        from tests.worker import allow_fsdp_on_cpu  # accelerate by itself would not shard there
+
+        allow_fsdp_on_cpu()
     become_rank_0_of(options.world_size, options.fsdp)
     if options.limit_gib:
         total = torch.cuda.get_device_properties(0).total_memory

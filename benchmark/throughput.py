@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
     parser.add_argument("--implementations", nargs="+", choices=common.IMPLEMENTATIONS, default=common.IMPLEMENTATIONS)
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 1024 2048 4096 8192; --smoke: 32 64")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
@@ -212,6 +212,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a model of 30,000 weights, to try the script itself")
     parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
     options = parser.parse_args()
+    options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
     if bool(options.data_path) != bool(options.tokenizer):
         parser.error("--data_path and --tokenizer go together")
     layers = (common.TINY if options.smoke else common.LLAMA3_8B)["num_hidden_layers"]

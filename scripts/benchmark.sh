@@ -1,5 +1,6 @@
 #!/bin/sh
-# Measures again what docs/results.md compares: every CSV and every picture, on one GPU of 80 GB, in some hours.
+# Measures again what docs/performance.md shows: every CSV and every picture, on one GPU, in about a quarter of an hour.
+# Whole steps of stage 2 need more than 80 GB (one H200 has it): on less, their rows and bars say OOM.
 #
 #   bash scripts/benchmark.sh            CSVs of today's date in benchmark/results/, pictures in docs/images/
 #   bash scripts/benchmark.sh --smoke    tiny shapes, without a GPU, into a temporary directory: do the scripts run?
@@ -7,6 +8,7 @@
 # Takes the variables of scripts/setup.sh, and:
 #   RESULTS=benchmark/results    where the CSVs go
 #   OVERWRITE=1                  replaces CSVs of today that are there already
+#   RECOMPUTED="0 0 5 20"        layers that stage 2 recomputes at 1024, 2048, 4096 and 8192 tokens (an H200; default: all)
 #   DATA_PATH=... TOKENIZER=...  measures real conversations too, as train.py reads them
 set -eu
 cd "$(dirname "$0")/.."
@@ -51,10 +53,17 @@ done
 
 run benchmark/head_loss.py --out "${CSV}_head_loss.csv"
 run benchmark/throughput.py --stage 1 --out "${CSV}_throughput.csv"
-run benchmark/throughput.py --stage 2 --out "${CSV}_throughput.csv"
+# shellcheck disable=SC2086  # RECOMPUTED is several words, or none
+run benchmark/throughput.py --stage 2 ${RECOMPUTED:+--recomputed_layers $RECOMPUTED} --out "${CSV}_throughput.csv"
+if [ -z "$SMOKE" ]; then # a GPU's business: fp8, and conversations as long as LLaMA 3.1 reads
+    run benchmark/throughput.py --stage 1 --implementations ours --heads 3 --lengths 2048 4096 8192 --fp8_backbone \
+        --out "${CSV}_throughput.csv"
+    run benchmark/throughput.py --stage 1 --implementations ours --heads 5 --batch_size 1 --lengths 32768 65536 131072 \
+        --warmup 1 --steps 1 --out "${CSV}_throughput.csv"
+fi
 if [ -n "${DATA_PATH:-}" ]; then
     run benchmark/throughput.py --stage 1 --implementations ours --heads 5 --lengths 2048 \
-        --data_path "$DATA_PATH" --tokenizer "$TOKENIZER" --out "${CSV}_throughput.csv"
+        --data_path "$DATA_PATH" --tokenizer "$TOKENIZER" --warmup 5 --steps 45 --out "${CSV}_throughput.csv"
 fi
 run benchmark/memory.py --stage 1 --out "${CSV}_memory.csv"
 run benchmark/memory.py --stage 2 --out "${CSV}_memory.csv"

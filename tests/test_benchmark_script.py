@@ -12,6 +12,10 @@ ORDER = [
     "benchmark/head_loss.py --out {csv}_head_loss.csv",
     "benchmark/throughput.py --stage 1 --out {csv}_throughput.csv",
     "benchmark/throughput.py --stage 2 --out {csv}_throughput.csv",
+    "benchmark/throughput.py --stage 1 --implementations ours --heads 3 --lengths 2048 4096 8192 --fp8_backbone "
+    "--out {csv}_throughput.csv",
+    "benchmark/throughput.py --stage 1 --implementations ours --heads 5 --batch_size 1 --lengths 32768 65536 131072 "
+    "--warmup 1 --steps 1 --out {csv}_throughput.csv",
     "benchmark/memory.py --stage 1 --out {csv}_memory.csv",
     "benchmark/memory.py --stage 2 --out {csv}_memory.csv",
     "benchmark/plot.py --memory {csv}_memory.csv --throughput {csv}_throughput.csv --out {images}",
@@ -55,14 +59,21 @@ def test_smoke_needs_no_gpu_and_leaves_results_alone(start, tmp_path, shell):
     commands = started(start("--smoke", shell=shell, gpu=False))
     place = Path(re.search(r"--out (\S+)/2026", commands[0])[1])
     assert place.parent == tmp_path and place.is_dir() and place != tmp_path / "results"
-    wanted = [line.format(csv=place / "2026-12-01", images=place) for line in ORDER]
+    tiny = [line for line in ORDER if "fp8" not in line and "131072" not in line]
+    wanted = [line.format(csv=place / "2026-12-01", images=place) for line in tiny]
     assert commands == [*(f"{line} --smoke" for line in wanted[:-1]), wanted[-1]]
 
 
 def test_real_conversations(start, tmp_path):
     commands = started(start(DATA_PATH="my chats.jsonl", TOKENIZER="a model"))
-    assert commands[3] == f"{CHATS} --tokenizer a model --out {tmp_path}/results/2026-12-01_throughput.csv"
+    rest = f"--tokenizer a model --warmup 5 --steps 45 --out {tmp_path}/results/2026-12-01_throughput.csv"
+    assert commands[5] == f"{CHATS} {rest}"
     assert len(commands) == len(ORDER) + 1
+
+
+def test_layers_to_recompute(start):
+    stage_2 = started(start(RECOMPUTED="0 0 5 20"))[2]
+    assert "--stage 2 --recomputed_layers 0 0 5 20 --out" in stage_2
 
 
 @pytest.mark.parametrize("name", ["head_loss", "throughput", "memory"])
