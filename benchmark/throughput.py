@@ -101,7 +101,7 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     """One run -> the figures of its row."""
     shape, steps = common.TINY if options.smoke else common.LLAMA3_8B, options.warmup + options.steps
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=tempfile.gettempdir(),  # nothing is saved
         medusa_only_heads=options.stage == 1,
         bf16=True,
         per_device_train_batch_size=options.batch_size,
@@ -174,6 +174,13 @@ def differences(rows: list[dict]) -> list[str]:
     return problems
 
 
+def random_tokens(options, length: int) -> dict:
+    """The same batch in each step, so that losses fall; the one entry of what `conversations` has several of."""
+    shape = common.TINY if options.smoke else common.LLAMA3_8B
+    batch = common.random_rows(shape, length, options.batch_size)
+    return {"random": batch * (options.warmup + options.steps)}
+
+
 def conversations(options, length: int) -> dict:
     """Real conversations by how they become batches: name -> dataset."""
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
@@ -215,6 +222,10 @@ def main():
     options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
     if bool(options.data_path) != bool(options.tokenizer):
         parser.error("--data_path and --tokenizer go together")
+    if options.fp8_backbone and options.stage == 2:
+        parser.error("--fp8_backbone is for a frozen backbone: --stage 1")
+    if options.trace and not torch.cuda.is_available():
+        parser.error("--trace needs a GPU")
     layers = (common.TINY if options.smoke else common.LLAMA3_8B)["num_hidden_layers"]
     recomputed_layers = options.recomputed_layers or [layers] * len(options.lengths)
     if len(recomputed_layers) != len(options.lengths):
@@ -227,16 +238,7 @@ def main():
         for heads in options.heads:
             for length, some in zip(options.lengths, recomputed_layers, strict=True):
                 recomputed = 0 if options.stage == 1 else some if implementation == "ours" else layers
-                count = options.batch_size * (options.warmup + options.steps)
-                if options.data_path:
-                    sets = conversations(options, length)
-                else:
-                    sets = {
-                        "random": common.random_rows(
-                            common.TINY if options.smoke else common.LLAMA3_8B, length, options.batch_size
-                        )
-                    }
-                    sets["random"] *= count // options.batch_size
+                sets = conversations(options, length) if options.data_path else random_tokens(options, length)
                 for data, rows in sets.items():
                     try:
                         figures = train(options, implementation, heads, length, recomputed, data, rows, device)
@@ -244,19 +246,11 @@ def main():
                         figures = OOM
                     gc.collect()
                     torch.cuda.empty_cache()
-                    row = {
-                        "stage": options.stage,
-                        "heads": heads,
-                        "batch_size": options.batch_size,
-                        "length": length,
-                        "data": data,
-                        "implementation": implementation,
-                        "options": "fp8 backbone"
-                        if options.fp8_backbone
-                        else f"{recomputed} of {layers} layers recomputed"
-                        if options.stage == 2
-                        else "",
-                    }
+                    what = "fp8 backbone" if options.fp8_backbone else ""
+                    if options.stage == 2:
+                        what = f"{recomputed} of {layers} layers recomputed"
+                    row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size, "length": length}
+                    row |= {"data": data, "implementation": implementation, "options": what}
                     row |= figures | rates | {"steps": options.steps} | common.origin()
                     common.append(options.out, row)
                     measured.append(row)

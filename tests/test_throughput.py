@@ -83,8 +83,21 @@ def test_real_conversations(bench, tmp_path):
     assert [row["data"] for row in rows] == ["padded", "grouped", "packed"] * 2
 
 
-def test_data_needs_a_tokenizer(bench, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--stage 1 --data_path chats.jsonl", "--data_path and --tokenizer go together"),
+        ("--stage 2 --fp8_backbone", "--fp8_backbone is for a frozen backbone"),
+        ("--stage 2 --recomputed_layers 1", "--recomputed_layers needs one number for each of --lengths"),
+        pytest.param(
+            "--stage 1 --trace somewhere",
+            "--trace needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(flags, sentence, bench, capsys, tmp_path):
     (tmp_path / "throughput.csv").touch()
     with pytest.raises(SystemExit):
-        bench("--stage", 1, "--data_path", "chats.jsonl")
-    assert "--data_path and --tokenizer go together" in capsys.readouterr().err
+        bench(*flags.split())
+    assert sentence in capsys.readouterr().err
