@@ -102,14 +102,17 @@ def _torch(hidden, weight, targets, softcap):
     return loss, (logits.argmax(-1) == targets).sum()
 
 
+def chunk_mem_const(rows: int, vocab_size: int, hidden_size: int, chunk_rows: int) -> int:
+    """Liger's C for chunks of at most `chunk_rows` rows. Liger cuts R rows into ceil(V / (C * H)) chunks and rounds
+    their rows up to a power of two; turned around for C, which is rounded down so that no chunk is larger. C is at
+    least 1: where V / H is small (32000 / 4096) and R large, Liger's own chunks of at most R * H elements stay."""
+    chunks = -(-rows // chunk_rows)
+    return max(1, vocab_size // (chunks * hidden_size))
+
+
 def _liger(hidden, weight, targets, softcap):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    # Liger cuts R rows into ceil(V / (C * H)) chunks and rounds their rows up to a power of two; turn that around
-    # for C, rounding it down so that no chunk is larger. C is at least 1: where V / H is small (32000 / 4096) and R
-    # large, Liger's own chunks of at most R * H elements stay.
-    chunks = -(-len(targets) // CHUNK_ROWS)
-    chunk_mem_const = max(1, weight.shape[0] // (chunks * weight.shape[1]))
     out = liger_fused_linear_cross_entropy(
         hidden,
         weight,
@@ -117,7 +120,7 @@ def _liger(hidden, weight, targets, softcap):
         reduction="sum",
         softcap=softcap,
         return_predicted_tokens=True,
-        chunk_mem_const=chunk_mem_const,
+        chunk_mem_const=chunk_mem_const(len(targets), *weight.shape, CHUNK_ROWS),
     )
     return out.loss, (out.predicted_tokens == targets).sum()
 

@@ -36,6 +36,12 @@ CHUNK_ROWS = medusa_loss.CHUNK_ROWS
 PLAIN_LLAMA = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
 
 
+def set_sizes(options):
+    """`options.shape` and, if none were given, `options.lengths`: those of an 8B model, or small ones for --smoke."""
+    options.shape = TINY if options.smoke else LLAMA3_8B
+    options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
+
+
 class AllAtOnceTrainer(MedusaTrainer):
     """`hf` and `liger`: every head forward, then one backward."""
 

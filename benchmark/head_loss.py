@@ -25,7 +25,7 @@ from common import CHUNK_ROWS, LLAMA3_8B, TINY, append, origin
 
 import medusa_loss
 from callback import GIB
-from medusa_loss import choose_impl, linear_cross_entropy
+from medusa_loss import choose_impl, chunk_mem_const, linear_cross_entropy
 
 ROWS, CHUNKS = (4096, 8192, 16384), (1024, 2048, 4096, 8192)
 SMOKE_ROWS, SMOKE_CHUNKS = (64, 128), (16, 32)
@@ -68,8 +68,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def liger_chunk(asked: int, rows: int, shape: dict) -> int:
     """Rows in Liger's chunks if CHUNK_ROWS is `asked`: what medusa_loss.py makes of it, then what Liger does."""
     vocab, size = shape["vocab_size"], shape["hidden_size"]
-    chunk_mem_const = max(1, vocab // (-(-rows // asked) * size))
-    chunks = -(-vocab // (chunk_mem_const * size))
+    chunks = -(-vocab // (chunk_mem_const(rows, vocab, size, asked) * size))
     return min(rows, 2 ** (-(-rows // chunks) - 1).bit_length())
 
 

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import IMPLEMENTATIONS, LLAMA3_8B, TINY, append, choose_implementation, origin, random_rows, trainer_class
+from common import IMPLEMENTATIONS, append, choose_implementation, origin, random_rows, set_sizes, trainer_class
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, TrainerCallback
 
@@ -62,7 +62,7 @@ class LastStepOfEachLength(TrainerCallback):
 
 
 def build_trainer(options, implementation: str, heads: int, directory: str) -> MedusaTrainer:
-    stage_1, shape = options.stage == 1, TINY if options.smoke else LLAMA3_8B
+    stage_1 = options.stage == 1
     args = TrainingArguments(
         output_dir=directory,
         medusa_only_heads=stage_1,
@@ -76,7 +76,7 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
         save_strategy="no",
         report_to="none",
     )
-    backbone = empty_backbone(LlamaConfig(**shape), torch.bfloat16 if stage_1 else torch.float32)
+    backbone = empty_backbone(LlamaConfig(**options.shape), torch.bfloat16 if stage_1 else torch.float32)
     config = MedusaConfig(medusa_num_heads=heads)
     model = MedusaModel.from_backbone(backbone, config, dtype=torch.float32, fill=False)
     if stage_1:
@@ -84,7 +84,7 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
     choose_implementation(model, implementation, args.device)
     rows = []
     for length in options.lengths:
-        rows += random_rows(shape, length, 1) * (STEPS * options.batch_size * options.world_size)
+        rows += random_rows(options.shape, length, 1) * (STEPS * options.batch_size * options.world_size)
     trainer = trainer_class(implementation)(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
     trainer._stop_if_not_finite = lambda: None  # gathered weights are whatever was in memory: a NaN says nothing
     return trainer
@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the script itself")
     parser.add_argument("--out", type=Path, help="CSV to append to")
     options = parser.parse_args()
-    options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
+    set_sizes(options)
     if options.offload_activations and options.implementations != ["ours"]:
         parser.error("--offload_activations works with one head after the other: add --implementations ours")
     if options.smoke and not torch.cuda.is_available():

@@ -59,7 +59,7 @@ def ceilings(device: torch.device) -> dict[str, str]:
 
 
 class Trace(TrainerCallback):
-    """Writes where one step after the warm-up goes: GPU time by kernel, and the pauses between kernels."""
+    """Writes where two steps after the warm-up go: GPU time by kernel, and the pauses between kernels."""
 
     def __init__(self, at: int, path: Path):
         self.at, self.path = at, path
@@ -99,7 +99,7 @@ class Trace(TrainerCallback):
 
 def train(options, implementation: str, heads: int, length: int, recomputed: int, data: str, rows, device) -> dict:
     """One run -> the figures of its row."""
-    shape, steps = common.TINY if options.smoke else common.LLAMA3_8B, options.warmup + options.steps
+    steps = options.warmup + options.steps
     args = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is saved
         medusa_only_heads=options.stage == 1,
@@ -117,7 +117,7 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         disable_tqdm=True,
         dataloader_num_workers=0 if data == "random" else 4,
     )
-    model = common.random_model(shape, heads, options.stage, torch.bfloat16, device)
+    model = common.random_model(options.shape, heads, options.stage, torch.bfloat16, device)
     common.choose_implementation(model, implementation, device)
     if options.fp8_backbone:
         from fp8 import use_fp8
@@ -176,8 +176,7 @@ def differences(rows: list[dict]) -> list[str]:
 
 def random_tokens(options, length: int) -> dict:
     """The same batch in each step, so that losses fall; the one entry of what `conversations` has several of."""
-    shape = common.TINY if options.smoke else common.LLAMA3_8B
-    batch = common.random_rows(shape, length, options.batch_size)
+    batch = common.random_rows(options.shape, length, options.batch_size)
     return {"random": batch * (options.warmup + options.steps)}
 
 
@@ -186,10 +185,11 @@ def conversations(options, length: int) -> dict:
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
     data = load_conversations(options.data_path)
     data = data.shuffle(seed=0).select(range(min(options.conversations, len(data))))
-    kinds = {"padded": {}, "grouped": {}, "packed": {"packing": True}}
     limits = {"max_length": length, "min_length": max(options.heads) + 2}
-    rows = {kind: prepare(data, options.data_path, tokenizer, **limits, **kwargs) for kind, kwargs in kinds.items()}
-    return rows | {"padded": rows["padded"].remove_columns("length")}  # or they would be grouped by it
+    rows = prepare(data, options.data_path, tokenizer, **limits)
+    packed = prepare(data, options.data_path, tokenizer, packing=True, **limits)
+    # Rows that know their length are grouped by it.
+    return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed}
 
 
 def main():
@@ -219,27 +219,28 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a model of 30,000 weights, to try the script itself")
     parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
     options = parser.parse_args()
-    options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
+    common.set_sizes(options)
     if bool(options.data_path) != bool(options.tokenizer):
         parser.error("--data_path and --tokenizer go together")
     if options.fp8_backbone and options.stage == 2:
         parser.error("--fp8_backbone is for a frozen backbone: --stage 1")
     if options.trace and not torch.cuda.is_available():
         parser.error("--trace needs a GPU")
-    layers = (common.TINY if options.smoke else common.LLAMA3_8B)["num_hidden_layers"]
+    layers = options.shape["num_hidden_layers"]
     recomputed_layers = options.recomputed_layers or [layers] * len(options.lengths)
     if len(recomputed_layers) != len(options.lengths):
         parser.error("--recomputed_layers needs one number for each of --lengths")
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates, measured = ceilings(device), []
+    everywhere = ceilings(device) | {"steps": options.steps} | common.origin()
+    make = conversations if options.data_path else random_tokens
+    sets, measured = {length: make(options, length) for length in options.lengths}, []
     for implementation in options.implementations:
         for heads in options.heads:
             for length, some in zip(options.lengths, recomputed_layers, strict=True):
                 recomputed = 0 if options.stage == 1 else some if implementation == "ours" else layers
-                sets = conversations(options, length) if options.data_path else random_tokens(options, length)
-                for data, rows in sets.items():
+                for data, rows in sets[length].items():
                     try:
                         figures = train(options, implementation, heads, length, recomputed, data, rows, device)
                     except torch.OutOfMemoryError:
@@ -251,7 +252,7 @@ def main():
                         what = f"{recomputed} of {layers} layers recomputed"
                     row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size, "length": length}
                     row |= {"data": data, "implementation": implementation, "options": what}
-                    row |= figures | rates | {"steps": options.steps} | common.origin()
+                    row |= figures | everywhere
                     common.append(options.out, row)
                     measured.append(row)
                     keys = ("heads", "length", "data", "implementation", "options", "step_time_s", "useful_tflops")
