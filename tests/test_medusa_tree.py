@@ -1,0 +1,339 @@
+"""medusa_tree.py: the trees are the best there are, and their tensors say what the list of paths says."""
+
+import json
+import random
+import sys
+from itertools import combinations, product
+
+import pytest
+import torch
+
+import medusa_tree
+from errors import BadInput
+from medusa_tree import best_tree, chain, check, expected_length, fastest, from_counts, independent, layout
+
+TOP = [  # [K+1][ranks]; head 2 is more often right with its third guess than with its second
+    [1.0, 1.0, 1.0],
+    [0.5, 0.7, 0.8],
+    [0.4, 0.45, 0.6],
+]
+
+
+def all_paths(num_heads, ranks):
+    return [path for depth in range(1, num_heads + 1) for path in product(range(ranks), repeat=depth)]
+
+
+def all_trees(num_heads, ranks, nodes):
+    """Every set of `nodes` paths that holds the parent of each."""
+    for paths in combinations(all_paths(num_heads, ranks), nodes):
+        if all(len(path) == 1 or path[:-1] in paths for path in paths):
+            yield list(paths)
+
+
+def random_top(rng, num_heads, ranks):
+    """Accuracies `[K+1][ranks]` that grow by a random amount from rank to rank, in no order."""
+    parts = [[rng.random() for _ in range(ranks + 1)] for _ in range(num_heads + 1)]
+    return [[sum(row[: r + 1]) / sum(row) for r in range(ranks)] for row in parts]
+
+
+def random_counts(rng, num_heads, ranks):
+    """Joint chances that no product of accuracies gives: each path has a random share of its parent's."""
+    shares = {(): 1.0}
+    for path in all_paths(num_heads, ranks):
+        shares[path] = shares[path[:-1]] * rng.random()
+    return [[list(path), share] for path, share in shares.items() if path]
+
+
+def random_tree(rng, num_heads, ranks, nodes):
+    tree = [()]
+    while len(tree) <= nodes:
+        child = (*rng.choice(tree), rng.randrange(ranks))
+        if len(child) <= num_heads and child not in tree:
+            tree.append(child)
+    return check(tree[1:])
+
+
+@pytest.mark.parametrize("model", ["independent", "joint"])
+@pytest.mark.parametrize("num_heads, ranks", [(1, 5), (2, 3), (3, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_tree_of_this_size_is_better(model, num_heads, ranks, seed):
+    rng = random.Random(seed)
+    if model == "independent":
+        chance = independent(random_top(rng, num_heads, ranks))
+    else:
+        chance = from_counts(random_counts(rng, num_heads, ranks))
+    for nodes in range(6):
+        tree = best_tree(chance, num_heads, ranks, nodes)
+        assert len(tree) == nodes and check(tree, num_heads, ranks=ranks) == tree
+        best = max(expected_length(other, chance) for other in all_trees(num_heads, ranks, nodes))
+        assert expected_length(tree, chance) == pytest.approx(best, abs=1e-12)
+
+
+def test_the_chances_are_those_of_the_model():
+    chance = independent(TOP)
+    assert chance((0,)) == 0.5
+    assert chance((2, 1)) == pytest.approx(0.1 * 0.05)
+    assert [chance(path) for path in ((3,), (0, 3), (0, 0, 0))] == [0, 0, 0]  # no such rank, no such head
+    counted = from_counts([[[0], 0.5], [[0, 1], 0.3]])
+    assert [counted(path) for path in ((0,), (0, 1), (1,))] == [0.5, 0.3, 0]
+
+
+def test_if_only_the_first_guess_is_ever_right_the_best_tree_is_the_chain():
+    chance = independent([[1.0] * 10, [0.6] * 10, [0.5] * 10, [0.1] * 10])
+    assert chain(3) == [(0,), (0, 0), (0, 0, 0)]
+    assert best_tree(chance, 3, 10, 3) == chain(3)
+    assert best_tree(chance, 3, 10, 50) == chain(3)  # no other path has a chance
+    assert best_tree(chance, 2, 10, 50) == chain(2)  # only two heads, although the third would be right
+
+
+def test_of_equal_chances_short_paths_and_low_ranks_come_first():
+    def always(path):
+        return 1.0
+
+    assert best_tree(always, 3, 2, 3) == [(0,), (1,), (0, 0)]
+    assert best_tree(always, 3, 2, 14) == all_paths(3, 2)
+
+
+def test_expected_length_is_what_a_simulation_yields():
+    """Tokens of one pass: the root and the longest path of the tree whose guesses are all right."""
+    rng, tree = random.Random(0), check([[0], [1], [2], [0, 0], [0, 2], [1, 0]])
+    tokens, passes = 0, 40_000
+    for _ in range(passes):
+        draws = [rng.random() for _ in TOP[1:]]
+        right = tuple(sum(draw >= share for share in row) for draw, row in zip(draws, TOP[1:], strict=True))
+        tokens += 1 + max((len(path) for path in tree if path == right[: len(path)]), default=0)
+    length = expected_length(tree, independent(TOP))
+    assert length == pytest.approx(1 + 0.5 + 0.2 + 0.1 + 0.5 * (0.4 + 0.15) + 0.2 * 0.4)
+    assert tokens / passes == pytest.approx(length, abs=0.015)  # three standard errors
+
+
+@pytest.mark.parametrize(
+    "step_ms, fast",
+    [
+        ({0: 10.0, 2: 10.1, 4: 10.2, 8: 30.0}, 4),  # a tree is almost free until it is not
+        ({8: 30.0, 4: 10.2, 2: 10.1, 0: 10.0}, 4),  # in any order
+        ({0: 10.0, 2: 11.0, 4: 20.0}, 2),
+        ({0: 10.0, 2: 30.0, 4: 40.0}, 0),
+        ({4: 10.0, 2: 30.0}, 4),
+    ],
+)
+def test_the_fastest_size(step_ms, fast):
+    chance = independent(TOP)
+    nodes, tree, table = fastest(chance, 2, 3, step_ms)
+    assert (nodes, tree) == (fast, best_tree(chance, 2, 3, fast))
+    assert [row["nodes"] for row in table] == sorted(step_ms)
+    for row in table:
+        length = 1.0 if row["nodes"] == 0 else expected_length(best_tree(chance, 2, 3, row["nodes"]), chance)
+        assert (row["step_ms"], row["length"]) == (step_ms[row["nodes"]], length)
+        assert row["tokens_per_s"] == pytest.approx(length / (row["step_ms"] / 1000))
+
+
+def test_a_size_that_yields_no_more_is_not_faster():
+    nodes, tree, _ = fastest(independent([[1.0], [0.5], [0.5]]), 2, 1, {64: 10.0, 2: 10.0})
+    assert (nodes, tree) == (2, chain(2))
+
+
+def test_written_as_the_original_writes_it(tmp_path):
+    file = tmp_path / "tree.json"
+    file.write_text("[[0], [0, 0], [1], [0, 1], [0, 0, 0], [1, 0]]")
+    tree = medusa_tree.read_choices(file, num_heads=3)
+    assert tree == [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
+    medusa_tree.write_choices(tree, str(file))
+    assert file.read_text() == "[[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]\n"
+    assert medusa_tree.read_choices(str(file)) == tree
+    medusa_tree.write_choices([], file)
+    assert medusa_tree.read_choices(file, num_heads=0) == []
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ({"0": 1}, "the tree must be a list of paths such as [[0], [1], [0, 0]], not \"{'0': 1}\""),
+        ("[[0]]", "the tree must be a list of paths such as [[0], [1], [0, 0]], not '[[0]]'"),
+        ([[0], 1], "the tree: path 2 of 2 must be a list of one or more ranks"),
+        ([[0], []], "the tree: path 2 of 2 must be a list of one or more ranks"),
+        ([[-1]], "the tree: path 1 of 1 must be a list of one or more ranks"),
+        ([[0.0]], "whole numbers from 0, such as [0, 1], not '[0.0]'"),
+        ([[False]], "whole numbers from 0, such as [0, 1], not '[False]'"),
+        (["0"], "the tree: path 1 of 1 must be a list of one or more ranks"),
+        ([[0], [0, 1], [0]], "the tree has the path [0] twice: leave one out"),
+        ([[0], [1, 0]], "the tree has the path [1, 0] without its parent [1]: add the parent"),
+        ([[0], [0, 0, 0]], "the tree has the path [0, 0, 0] without its parent [0, 0]: add the parent"),
+        (chain(4), "the tree has a path of depth 4 ([0, 0, 0, 0]), but there are 3 heads: leave it out"),
+        ([[0], [0, 5]], "the tree has the path [0, 5], but ranks end at 4: leave it out"),
+    ],
+)
+def test_a_tree_that_is_none(choices, message):
+    with pytest.raises(BadInput) as error:
+        check(choices, num_heads=3, ranks=5)
+    assert message in str(error.value)
+
+
+def test_what_is_just_allowed():
+    assert check([*chain(3), [4]], num_heads=3, ranks=5) == [(0,), (4,), (0, 0), (0, 0, 0)]
+    assert check([], num_heads=0, ranks=0) == []
+
+
+def test_a_tree_file_that_is_none(tmp_path):
+    file = tmp_path / "tree.json"
+    with pytest.raises(BadInput, match=f"cannot read {file}: .*No such file"):
+        medusa_tree.read_choices(file)
+    file.write_text("[[0], [1]")
+    with pytest.raises(BadInput, match=f"cannot read {file}: .*delimiter"):
+        medusa_tree.read_choices(file)
+    file.write_text("[[0], [0, 0]]")
+    with pytest.raises(BadInput, match=f"the tree {file} has a path of depth 2 .*there are 1 heads"):
+        medusa_tree.read_choices(file, num_heads=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layout_is_the_tree(seed):
+    tree = random_tree(random.Random(seed), num_heads=4, ranks=4, nodes=20)
+    nodes, found = [(), *tree], layout(tree)
+    deepest = max(map(len, tree))
+    assert found.path.shape == (21, deepest + 1) and found.ancestors.shape == (21, 21)
+    assert [tensor.dtype for tensor in found] == [torch.int64] * 3 + [torch.bool, torch.int64]
+    for i, node in enumerate(nodes):
+        assert found.depth[i] == len(node)
+        assert nodes[found.parent[i]] == node[:-1]
+        assert found.rank[i] == (node[-1] if node else 0)
+        above = [node[: len(other)] == other for other in nodes]
+        assert found.ancestors[i].tolist() == above and sum(above) == len(node) + 1
+        for d in range(deepest + 1):
+            assert found.path[i, d] == (nodes.index(node[:d]) if d <= len(node) else i)
+
+
+def test_layout_of_plain_decoding_is_the_root():
+    found = layout([])
+    assert [tensor.tolist() for tensor in found] == [[0], [0], [0], [[True]], [[0]]]
+
+
+OWN_TOP = [[1.0, 1.0, 1.0], [0.6, 0.75, 0.8], [0.3, 0.4, 0.5]]
+PATHS = [[[0], 0.6], [[1], 0.15], [[2], 0.05], [[0, 0], 0.29], [[0, 2], 0.11], [[1, 2], 0.1]]
+
+
+@pytest.mark.parametrize(
+    "more, joint, want",
+    [
+        ({"own": {"top": OWN_TOP, "paths": PATHS}}, True, 0.11),
+        ({"own": {"top": OWN_TOP, "paths": PATHS}}, False, 0.6 * 0.1),
+        ({"own": {"top": OWN_TOP}}, True, 0.6 * 0.1),
+        ({}, True, 0.5 * 0.15),
+        ({"own": None}, True, 0.5 * 0.15),
+        ({"own": {"paths": []}}, True, 0),  # counted, and nothing was right
+    ],
+)
+def test_which_chances_are_read(tmp_path, more, joint, want):
+    file = tmp_path / "accuracy.json"
+    file.write_text(json.dumps({"heads": "out/heads", "rows": [9, 9, 9], "top": TOP, "before": TOP} | more))
+    chance, num_heads, ranks = medusa_tree.load_chance(file, joint=joint)
+    assert chance((0, 2)) == pytest.approx(want)
+    assert (num_heads, ranks) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        {"rows": [1, 2]},
+        {"top": []},
+        {"top": [[0.5, 0.6]]},  # the lm_head's alone
+        {"top": [[0.5, 0.6], [0.5]]},
+        {"top": [[0.5, 0.6], [0.5, 1.1]]},
+        {"top": [[0.5, 0.6], [0.5, float("nan")]]},
+        {"top": [[0.5, 0.6], [0.5, 0.4]]},  # not cumulative
+        {"top": [[0.5, 0.6], [0.5, "0.6"]]},
+        {"top": TOP, "own": {"paths": [[0], [1]]}},
+        {"top": TOP, "own": {"paths": [[["0"], 0.5]]}},
+        {"top": TOP, "own": {"paths": [[[0], 1.5]]}},
+        {"top": TOP, "own": {"paths": 3}},
+    ],
+)
+def test_a_file_without_accuracies(tmp_path, data):
+    file = tmp_path / "accuracy.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(BadInput, match=f"{file} does not hold the accuracies of heads: make it with evaluate.py"):
+        medusa_tree.load_chance(file)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "must have rows"),
+        ("nodes,step_ms\n", "must have rows, with nodes from 0 and step_ms above 0"),
+        ("nodes,ms\n0,10\n", r"\('step_ms'\): it must be a CSV with columns nodes and step_ms"),
+        ("nodes,step_ms\n0,fast\n", r"could not convert .* it must be a CSV with columns nodes and step_ms"),
+        ("nodes,step_ms\n0\n", "it must be a CSV with columns nodes and step_ms"),
+        ("nodes,step_ms\n0,0\n", "step_ms above 0"),
+        ("nodes,step_ms\n0,nan\n", "step_ms above 0"),
+        ("nodes,step_ms\n0,inf\n", "step_ms above 0"),
+        ("nodes,step_ms\n-1,5\n", "nodes from 0"),
+        ("nodes,step_ms\n4,5\n4,6\n", "two rows with the same nodes: keep one time per tree size"),
+    ],
+)
+def test_step_times_that_are_none(tmp_path, text, message):
+    file = tmp_path / "times.csv"
+    with pytest.raises(BadInput, match=f"cannot read {file} .*No such file"):
+        medusa_tree.read_step_times(file)
+    file.write_text(text)
+    with pytest.raises(BadInput, match=f"{file}.*{message}"):
+        medusa_tree.read_step_times(file)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the script on a file of figures -> (what it prints, the tree it writes)."""
+    figures, output = tmp_path / "accuracy.json", tmp_path / "trees" / "tree.json"
+    figures.write_text(json.dumps({"top": TOP, "own": {"top": OWN_TOP, "paths": PATHS}}))
+
+    def run(*flags, figures=figures):
+        argv = ["medusa_tree.py", figures, *flags, "--output", output]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        medusa_tree.main()
+        return capsys.readouterr().out, json.loads(output.read_text())
+
+    return run
+
+
+def test_main_finds_prints_and_writes_a_tree(run):
+    out, tree = run("--nodes", 3)
+    assert tree == [[0], [1], [0, 0]]
+    assert "expected acceptance length: 2.040 tokens per pass" in out
+    assert "3 nodes of at most 3; per depth: 2, 1\n" in out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["tree", "nodes", "length"]
+    assert rows[2:4] == [["chain", "2", "1.890"], ["best 4", "4", "2.150"]]
+    assert [row[:2] for row in rows[4:]] == [[f"best {n}", "6"] for n in (8, 16, 32, 64)]  # no more were right
+
+
+def test_main_says_when_the_tree_is_smaller(run):
+    out, tree = run("--nodes", 32)
+    assert sorted(tree) == sorted(path for path, _ in PATHS)
+    assert "6 nodes of at most 32; per depth: 3, 3\n" in out
+
+
+def test_main_from_the_accuracies_alone(run):
+    out, tree = run("--nodes", 3, "--independent")
+    assert tree == [[0], [1], [0, 0]]
+    assert f"expected acceptance length: {1 + 0.6 + 0.15 + 0.18:.3f}" in out
+
+
+@pytest.mark.parametrize("tree_ms, want", [("12.5", [[0], [0, 0]]), ("20", [])])
+def test_main_finds_the_fastest(run, tmp_path, tree_ms, want):
+    times = tmp_path / "times.csv"
+    times.write_text(f"gpu,nodes,step_ms\nx,0,10\nx,2,{tree_ms}\nx,6,40\n")
+    out, tree = run("--step_times", times)
+    assert tree == want
+    assert "| nodes | step_ms | length | tokens_per_s |" in out
+    assert "| 0 | 10.000 | 1.000 | 100.000 |" in out
+    assert f"| 2 | {float(tree_ms):.3f} | 1.890 | {1890 / float(tree_ms):.3f} |" in out
+    assert ("per depth: none" in out) == (want == [])
+
+
+def test_main_refuses(run, tmp_path):
+    with pytest.raises(BadInput, match=r"cannot read .*missing.json: .*No such file"):
+        run("--nodes", 3, figures=tmp_path / "missing.json")
+    with pytest.raises(BadInput, match=r"--nodes -1: a tree has 0 nodes or more"):
+        run("--nodes=-1")
+    with pytest.raises(SystemExit):
+        run()  # neither --nodes nor --step_times
