@@ -33,6 +33,7 @@ FEATURES = datasets.Features(
     {
         "record": datasets.Value("int64"),  # 1-based, as a person counts
         "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "unfinished": datasets.Value("bool"),  # the last answer was cut off, so its end is none
         "problem": datasets.Value("string"),  # why the record is skipped; "" if it is not
     }
 )
@@ -49,6 +50,8 @@ def to_messages(record: object) -> tuple[list[dict], str]:
     turns = record.get("messages") or record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         return [], "no turns under 'messages' or 'conversations'"
+    if not isinstance(record.get("unfinished"), bool | None):  # None: a Hub dataset where only some records say it
+        return [], "'unfinished' is not true or false"
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
@@ -75,7 +78,8 @@ def to_messages(record: object) -> tuple[list[dict], str]:
 
 def _to_row(record: object, index: int) -> dict:
     messages, problem = to_messages(record)
-    return {"record": index + 1, "messages": messages, "problem": problem}
+    unfinished = not problem and bool(record.get("unfinished"))
+    return {"record": index + 1, "messages": messages, "unfinished": unfinished, "problem": problem}
 
 
 def _read_local(path: str, size: int, mtime: float) -> Iterator[dict]:
@@ -160,11 +164,12 @@ def split_conversations(
             raise BadInput(f"--eval_holdout {holdout:g} leaves nothing to train on or to evaluate of {len(data)}")
         data, eval_data = data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
 
-    def digest(messages: list[dict]) -> bytes:
-        return hashlib.sha1(json.dumps(messages, sort_keys=True).encode()).digest()
+    def digests(data: datasets.Dataset) -> list[bytes]:
+        records = zip(data["messages"], data["unfinished"], strict=True)
+        return [hashlib.sha1(json.dumps(record, sort_keys=True).encode()).digest() for record in records]
 
-    held_out = {digest(messages) for messages in eval_data["messages"]}
-    keep = [i for i, messages in enumerate(data["messages"]) if digest(messages) not in held_out]
+    held_out = set(digests(eval_data))
+    keep = [i for i, digest in enumerate(digests(data)) if digest not in held_out]
     if len(keep) < len(data):
         logger.warning("left %d conversations out of training that are also held out", len(data) - len(keep))
         if not keep:
@@ -172,8 +177,9 @@ def split_conversations(
     return data.select(keep) if len(keep) < len(data) else data, eval_data
 
 
-def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as the chat template writes it, and the `[start, end)` characters the assistant says.
+def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]], int]:
+    """The conversation as the chat template writes it, the `[start, end)` characters the assistant says, and where
+    the last answer's text ends, without white space.
 
     Each answer is replaced by a mark and the conversation rendered once more: what stands between the marks is
     the template's own, so the answers' places follow exactly, whatever the template does around them (rendering
@@ -200,32 +206,41 @@ def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[in
             if text.startswith(written + after, at):
                 break
         else:
-            raise ValueError("the chat template rewrites an answer")
+            raise ValueError("the chat template rewrites an answer: where it ends cannot be told")
         end = at + len(written)
         spans.append((at, end + len(end_of_turn.rstrip())))
         at = end + len(after)
-    return text, spans
+    return text, spans, len(text[:end].rstrip())
 
 
-def encode(messages: list[dict], tokenizer, max_length: int) -> dict:
+def encode(messages: list[dict], tokenizer, max_length: int, unfinished: bool = False) -> dict:
     """-> input_ids and labels `[T]`, T <= max_length; labels are IGNORE outside the assistant's turns.
 
     The template's text already holds the BOS token, so none is added. A template with `{% generation %}` says
-    itself which tokens are the assistant's.
+    itself which tokens are the assistant's. unfinished: the tokens end with the last answer's text, so that nothing
+    teaches an end where there was none; white space at its end goes too, it may be half a token.
     """
-    if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
+    marks_answers = re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template())
+    if unfinished or not marks_answers:
+        text, spans, answers_end = assistant_spans(messages, tokenizer)
+    if marks_answers:
         out = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         ids, counts = out["input_ids"], out["assistant_masks"]
     else:
-        text, spans = assistant_spans(messages, tokenizer)
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, counts, span = out["input_ids"], [], 0
         for start, end in out["offset_mapping"]:
             while span < len(spans) and spans[span][1] <= start:
                 span += 1
             counts.append(span < len(spans) and max(end, start + 1) > spans[span][0])
+    if unfinished:
+        max_length = min(max_length, sum(end <= answers_end for _, end in out["offset_mapping"]))
     ids, counts = ids[:max_length], counts[:max_length]
     return {"input_ids": ids, "labels": [i if c else IGNORE for i, c in zip(ids, counts, strict=True)]}
 
@@ -233,7 +248,7 @@ def encode(messages: list[dict], tokenizer, max_length: int) -> dict:
 def encode_record(row: dict, tokenizer, max_length: int, min_length: int) -> dict:
     """`encode` for datasets.map: a record that cannot be used gets a `problem` instead of an exception."""
     try:
-        out, problem = encode(row["messages"], tokenizer, max_length), ""
+        out, problem = encode(row["messages"], tokenizer, max_length, row["unfinished"]), ""
         if len(out["input_ids"]) < min_length:
             problem = f"fewer than {min_length} tokens: no row for the last head"
         elif all(label == IGNORE for label in out["labels"][1:]):
@@ -247,10 +262,10 @@ def encode_lazily(rows: dict, tokenizer, max_length: int, min_length: int) -> di
     """`encode` for Dataset.with_transform (`--lazy_preprocess`), on a batch of rows. A record that cannot be used
     is logged when it is drawn, and becomes a row that counts nothing."""
     encoded = []
-    for record, messages in zip(rows["record"], rows["messages"], strict=True):
-        row = encode_record({"messages": messages}, tokenizer, max_length, min_length)
+    for i, number in enumerate(rows["record"]):
+        row = encode_record({key: column[i] for key, column in rows.items()}, tokenizer, max_length, min_length)
         if row["problem"]:
-            logger.warning("record %d counts nothing: %s", record, row["problem"])
+            logger.warning("record %d counts nothing: %s", number, row["problem"])
             row = {"input_ids": [0], "labels": [IGNORE]}
         encoded.append(row)
     return {key: [row[key] for row in encoded] for key in ("input_ids", "labels")}
@@ -283,7 +298,7 @@ def prepare(
     data = data.map(
         encode_record,
         fn_kwargs={"tokenizer": tokenizer, **limits},
-        remove_columns=["messages"],
+        remove_columns=["messages", "unfinished"],
         desc="tokenising",
         **common,
     )

@@ -13,91 +13,15 @@ decoding by the same code.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import count
 from typing import NamedTuple
 
 import torch
-from transformers import AttentionInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from errors import BadInput
+from medusa_attention import TreeCache, decoding
 from medusa_model import MedusaModel, cap
 from medusa_tree import Choices, check, layout
-
-ATTENTION = "medusa_tree"
-
-
-def tree_attention(module, query, key, value, attention_mask, scaling, softcap=None, sliding_window=None, **kwargs):
-    """Attention of a pass: query `[B, H, n, D]`, key and value `[B, H_kv, S, D]` (the whole cache), attention_mask
-    `[B, 1, n, S]` bool -> `[B, n, H, D]`. Without a mask (prefill): causal, through torch's own kernels.
-
-    The query heads that share keys become rows of one product, so that keys are read once and never repeated.
-    """
-    batch, heads, length, size = query.shape
-    if attention_mask is None:
-        if softcap is None and (sliding_window is None or length <= sliding_window):
-            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-        place = torch.arange(length, device=query.device)
-        distance = place[:, None] - place
-        attention_mask, distance = (distance >= 0)[None, None], distance[None]
-    else:
-        distance = kwargs.get("distance")
-    if sliding_window is not None:
-        attention_mask = attention_mask & (distance < sliding_window)[:, None]
-    groups = heads // key.shape[1]
-    scores = query.reshape(batch, -1, groups * length, size) @ key.mT * scaling
-    if softcap is not None:
-        scores = cap(scores, softcap)
-    scores = scores.view(batch, -1, groups, length, key.shape[2]).float()
-    scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf).softmax(-1).to(value.dtype)
-    out = scores.view(batch, -1, groups * length, key.shape[2]) @ value
-    return out.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, tree_attention)
-
-
-@contextmanager
-def attending_to_trees(backbone):
-    """Puts `tree_attention` into the backbone, which knows nothing of padding masks, and takes it out again."""
-    before = backbone.config._attn_implementation
-    backbone.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        backbone.set_attn_implementation(before)
-
-
-class TreeCache(Cache):
-    """Keys and values of all layers in one tensor `[layers, 2, B, H_kv, S, D]`, so that moving the accepted ones is
-    one operation. Each row of the batch has a length of its own: `slots` `[B, n]` says where a pass writes."""
-
-    def __init__(self, num_layers: int, max_length: int):
-        super().__init__(layers=[])
-        self.num_layers, self.max_length = num_layers, max_length
-        self.states = self.slots = None
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Writes `[B, H_kv, n, D]` and returns the whole cache; in a prefill (no slots) what it was given."""
-        if self.states is None:
-            batch, heads, _, size = key_states.shape
-            shape = (self.num_layers, 2, batch, heads, self.max_length, size)
-            self.states = key_states.new_zeros(shape)
-        mine = self.states[layer_idx]
-        if self.slots is None:
-            mine[0, :, :, : key_states.shape[2]] = key_states
-            mine[1, :, :, : key_states.shape[2]] = value_states
-            return key_states, value_states
-        index = self.slots[:, None, :, None].expand_as(key_states)
-        mine[0].scatter_(2, index, key_states)
-        mine[1].scatter_(2, index, value_states)
-        return mine[0], mine[1]
-
-    def move(self, source: torch.Tensor, target: torch.Tensor):
-        """Copies what is at the places source `[B, m]` to target `[B, m]`, in all layers."""
-        shape = [*self.states.shape[:4], source.shape[1], self.states.shape[5]]
-        source, target = (places[None, None, :, None, :, None].expand(shape) for places in (source, target))
-        self.states.scatter_(4, target, self.states.gather(4, source))
 
 
 class Sampling(NamedTuple):
@@ -143,20 +67,21 @@ class Decoder:
                 f"{max_length} tokens (prompt and answer) do not fit into the context of the backbone, "
                 f"{config.max_position_embeddings} tokens: shorten the prompt or lower --max_new_tokens"
             )
-        self.sliding = getattr(config, "sliding_window", None) is not None
         self.max_length = max_length
-        places = -(-(max_length + self.nodes + self.most) // 64) * 64  # a pass writes all its nodes behind the text
-        self.cache = TreeCache(config.num_hidden_layers, places)
+        # A pass writes all its nodes behind the text; a row that has ended may go on for one pass (see `passes`).
+        places = -(-(max_length + self.nodes + 2 * self.most) // 64) * 64
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kernels = device.type == "cuda" and size >= 16 and size & (size - 1) == 0  # what `tree_attention` can do
+        self.cache = TreeCache(config.num_hidden_layers, places, self.kernels)
+        if device.type == "cuda":
+            model.choose_kernels(use_liger=True, device=device)  # norms, RoPE and SwiGLU are a kernel each
         self.places = torch.arange(places, device=device)
         # What a pass reads and leaves: fixed memory, so that a CUDA graph can replay it.
         self.tokens = torch.zeros(batch_size, self.nodes, dtype=torch.int64, device=device)  # root and guesses
         self.length = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # tokens in the cache
         self.active = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(batch_size, self.most + 1, dtype=torch.int64, device=device)  # count, then tokens
-        ranks = [[choice[depth] for choice in self.choices if len(choice) > depth] for depth in range(self.most - 1)]
-        self.ranks = [max(ranks) + 1 for ranks in ranks]  # how many guesses of each head the tree uses
-        place = [sum(self.ranks[: len(choice) - 1]) + choice[-1] for choice in self.choices]
-        self.place = torch.tensor(place, dtype=torch.int64, device=device)  # of each node among all these guesses
+        self.ranks = 1 + max((rank for choice in self.choices for rank in choice), default=-1)  # guesses of each head
         self.graph = None
         self.use_graph = graph and device.type == "cuda"
 
@@ -169,7 +94,7 @@ class Decoder:
         ids = torch.zeros(batch, int(lengths.max()), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        self.cache.slots = None
+        self.cache.length = None
         ids = ids.to(self.device)
         hidden = self.model.backbone.get_decoder()(
             input_ids=ids,
@@ -189,10 +114,10 @@ class Decoder:
 
     def guess(self, hidden: torch.Tensor):
         """Fills the tree from the heads' best tokens at hidden `[B, H]`, where the root was chosen."""
-        heads = zip(self.model.medusa_heads, self.ranks, strict=False)  # a tree need not use all heads
-        best = [head(hidden).topk(count).indices for head, count in heads]
-        if best:
-            self.tokens[:, 1:] = torch.cat(best, 1)[:, self.place]
+        if self.ranks:
+            heads = self.model.medusa_heads[: self.most - 1]  # those that the tree uses
+            best = torch.stack([head(hidden) for head in heads], 1).topk(self.ranks).indices  # [B, heads, ranks]
+            self.tokens[:, 1:] = best[:, self.tree.depth[1:] - 1, self.tree.rank[1:]]
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """logits `[B, n, V]` -> the token the backbone puts behind each node `[B, n]`, and, for typical acceptance,
@@ -210,19 +135,14 @@ class Decoder:
     def step(self):
         """One pass: reads `tokens` and `length`, advances both, leaves in `out` how many tokens each row got and
         which."""
-        tree, cache, batch = self.tree, self.cache, len(self.tokens)
-        behind = self.places - self.length  # [B, S]
-        within = (behind >= 0) & (behind < self.nodes)
-        mine = tree.ancestors[:, behind.clamp(0, self.nodes - 1)].transpose(0, 1)  # [B, n, S]
-        mask = (behind < 0)[:, None] | (mine & within[:, None])
-        cache.slots = self.length + torch.arange(self.nodes, device=self.device)
+        tree, batch = self.tree, len(self.tokens)
+        self.cache.length = self.length
         hidden = self.model.backbone.get_decoder()(
             input_ids=self.tokens,
             position_ids=self.length + tree.depth,
-            attention_mask=mask[:, None],
-            past_key_values=cache,
+            past_key_values=self.cache,
             use_cache=True,
-            **self.window(behind),
+            **self.view(),
         ).last_hidden_state
         chosen, logp = self.choose(self.logits(hidden))
         if logp is None:
@@ -238,38 +158,60 @@ class Decoder:
             total = torch.where(tree.ancestors, likely[:, None], 0).sum(2)
             score = score + torch.sigmoid(total)
         best = score.argmax(1, keepdim=True)  # [B, 1]
-        way, root, count = tree.path[best[:, 0]], chosen.gather(1, best), tree.depth[best]
+        way, root, guessed = tree.path[best[:, 0]], chosen.gather(1, best), tree.depth[best]
         new = self.tokens.gather(1, way).roll(-1, 1)  # the accepted guesses, and behind them the backbone's token
-        self.out[:, 1:] = new.scatter(1, count, root)
-        self.out[:, :1] = count + 1
-        cache.move(cache.slots.gather(1, way), self.length + torch.arange(self.most, device=self.device))
-        self.length += (count + 1) * self.active
+        self.out[:, 1:] = new.scatter(1, guessed, root)
+        self.out[:, :1] = guessed + 1
+        self.cache.move(self.length + way, self.length + torch.arange(self.most, device=self.device))
+        self.length += (guessed + 1) * self.active
         self.tokens[:, :1] = root
         self.guess(hidden[torch.arange(batch, device=self.device), best[:, 0]])
 
-    def window(self, behind: torch.Tensor) -> dict:
-        """For models with a sliding window: how far each node is from each place, `[B, n, S]`."""
-        if not self.sliding:
-            return {}
-        depth = self.tree.depth
-        place = torch.where(behind < 0, behind, depth[behind.clamp(0, self.nodes - 1)])
-        return {"distance": depth[:, None] - place[:, None]}
+    def view(self) -> dict:
+        """What each node may attend to, as `attend` wants it: the text, and in the tree itself and its ancestors."""
+        tree = self.tree
+        if self.kernels:
+            return {"attention_mask": None, "tree": (self.length, tree.ancestors, tree.depth)}
+        behind = self.places - self.length  # [B, S]: 0 is the root's place
+        node = behind.clamp(0, self.nodes - 1)
+        mine = tree.ancestors[:, node].transpose(0, 1) & ((behind >= 0) & (behind < self.nodes))[:, None]
+        mask = (behind < 0)[:, None] | mine  # [B, n, S]
+        # How far each node is from each place, for backbones with a sliding window.
+        distance = tree.depth[:, None] - torch.where(behind < 0, behind, tree.depth[node])[:, None]
+        return {"attention_mask": mask[:, None], "distance": distance}
 
     def capture(self):
         """Records `step` as a CUDA graph. What it does meanwhile is undone: the cache behind `length` is nobody's."""
-        state = self.tokens.clone(), self.length.clone()
-        self.active.zero_()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # cuBLAS and Triton set themselves up
+        with torch.random.fork_rng([self.device]):  # nor does it use up random numbers
+            state = self.tokens.clone(), self.length.clone()
+            self.active.zero_()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # cuBLAS and Triton set themselves up
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
                 self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+            for tensor, value in zip((self.tokens, self.length), state, strict=True):
+                tensor.copy_(value)
+
+    def passes(self) -> Iterator[list[list[int]]]:
+        """Yields `out` of one pass after the other, without end. On a GPU the next pass runs already while one is
+        looked at: all it needs is there."""
+        while not self.graph:
             self.step()
-        for tensor, value in zip((self.tokens, self.length), state, strict=True):
-            tensor.copy_(value)
+            yield self.out.tolist()
+        landed = [torch.empty_like(self.out, device="cpu", pin_memory=True) for _ in range(2)]
+        events = [torch.cuda.Event() for _ in range(2)]
+        for number in count():
+            self.graph.replay()
+            landed[number % 2].copy_(self.out, non_blocking=True)
+            events[number % 2].record()
+            if number:
+                events[(number - 1) % 2].synchronize()
+                yield landed[(number - 1) % 2].tolist()
 
     @torch.inference_mode()
     def run(
@@ -293,38 +235,32 @@ class Decoder:
             room[row] = 0 if end else room[row] - len(tokens)
             return tokens[:end]
 
-        with attending_to_trees(self.model.backbone):
+        with decoding(self.model):
             first = self.prefill(prompts)
             if self.use_graph and self.graph is None:
                 self.capture()
             yield [cut(row, [first[row]]) for row in range(len(prompts))]
-            active = None
+            active, passes = None, self.passes()
             while any(room):
                 if [bool(left) for left in room] != active:
                     active = [bool(left) for left in room]
                     self.active.copy_(torch.tensor([active + [False] * (len(self.active) - len(prompts))]).t())
-                if self.graph:
-                    self.graph.replay()
-                else:
-                    self.step()
-                found = self.out.tolist()
+                found = next(passes)
                 yield [cut(row, found[row][1 : 1 + found[row][0]]) for row in range(len(prompts))]
 
     @torch.inference_mode()
     def step_ms(self, prompt: list[int], passes: int) -> float:
         """Mean time of one pass in ms, with the prompt in the cache of every row."""
-        with attending_to_trees(self.model.backbone):
+        with decoding(self.model):
             self.prefill([prompt] * len(self.tokens))
             if self.use_graph and self.graph is None:
                 self.capture()
             self.active.zero_()  # the length stays
-            step = self.graph.replay if self.graph else self.step
-            step()
-            self.out.tolist()  # waits
+            done = self.passes()
+            next(done)
             start = time.perf_counter()
             for _ in range(passes):
-                step()
-                self.out.tolist()
+                next(done)
             return (time.perf_counter() - start) / passes * 1000
 
 

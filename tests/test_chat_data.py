@@ -35,8 +35,11 @@ def chat(*contents) -> list[dict]:
     return [turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
 
 
-def to_data(*conversations) -> Dataset:
-    return Dataset.from_list([{"record": i, "messages": turns} for i, turns in enumerate(conversations, 1)])
+def to_data(*conversations, unfinished=()) -> Dataset:
+    """unfinished: the numbers of those that are."""
+    return Dataset.from_list(
+        [{"record": i, "messages": turns, "unfinished": i in unfinished} for i, turns in enumerate(conversations, 1)]
+    )
 
 
 def make_bos_tokenizer(style, template="file"):
@@ -130,7 +133,7 @@ def test_template_that_writes_the_last_answer_differently():
 @pytest.mark.parametrize(
     ("style", "template", "bad", "problem"),
     [
-        ("chatml", SHOUTS_WARM, CHAT, "the chat template rewrites an answer"),
+        ("chatml", SHOUTS_WARM, CHAT, "the chat template rewrites an answer: where it ends cannot be told"),
         ("gemma", "file", SYSTEM_CHAT, "Gemma has no system turn"),
     ],
     ids=["rewrites", "raises"],
@@ -150,14 +153,77 @@ def test_end_of_turn_stays_a_label_where_it_is_the_pad_token():
     assert (labels == tokenizer.eos_token_id).sum(1).tolist() == [2, 1]  # the answers' ends, none of the padding
 
 
+def without_end(golden: list) -> list:
+    """What is left of GOLDEN if the last answer is unfinished: nothing from its end-of-turn token on."""
+    return [*golden[:3], golden[3][:-1]]
+
+
+@pytest.mark.parametrize("style", GOLDEN)
+def test_an_unfinished_answer_has_no_end(style):
+    tokenizer, messages = make_bos_tokenizer(style), CHAT if style == "gemma" else SYSTEM_CHAT
+    assert runs(encode(messages, tokenizer, 1000, unfinished=True), tokenizer) == without_end(GOLDEN[style])
+
+
+def test_an_unfinished_answer_in_a_generation_template():
+    """Whether the template counts the end of turn as the assistant's or not."""
+    counts = make_bos_tokenizer("chatml", GENERATION)
+    without = make_bos_tokenizer(
+        "chatml", GENERATION.replace("<|im_end|>{% endgeneration %}\n", "{% endgeneration %}<|im_end|>")
+    )
+    start, first, between, second = without_end(GOLDEN["chatml"])
+    assert runs(encode(SYSTEM_CHAT, counts, 1000, True), counts) == [start, first, between, second]
+    golden = [start, first[:-1], "<|im_end|>" + between, second]
+    assert runs(encode(SYSTEM_CHAT, without, 1000, True), without) == golden
+
+
+@pytest.mark.parametrize("template", ["file", THINKS_LAST, GENERATION], ids=["spans", "thinks", "generation"])
+@pytest.mark.parametrize("answer", ["cold", "cold ", "cold\n\n"])
+def test_white_space_at_an_unfinished_end_is_left_out(answer, template):
+    tokenizer = make_tokenizer("chatml", template)
+    assert runs(encode(chat("why", answer), tokenizer, 1000, unfinished=True), tokenizer)[1:] == [["cold"]]
+
+
+def test_a_token_that_reaches_beyond_an_unfinished_answer_is_left_out():
+    tokenizer = make_tokenizer("chatml", TURNS.replace("CONTENT", "{{ m.content }}ater"))
+    labels = [runs(encode(chat("why", "cold w"), tokenizer, 1000, flag), tokenizer)[1] for flag in (False, True)]
+    assert labels == [["cold", "Ġwater", "<|im_end|>"], ["cold"]]
+
+
+def test_an_unfinished_answer_that_a_generation_template_rewrites_is_skipped(caplog):
+    tokenizer = make_tokenizer("chatml", GENERATION.replace("%}{{ m.content }}", "%}{{ m.content | upper }}", 1))
+    data = prepare(to_data(SHORT, SHORT, unfinished=[2]), "chats", tokenizer, 1000)
+    assert len(data) == 1
+    assert "rewrites an answer: where it ends cannot be told (first: record 2)" in caplog.text
+
+
+PATHS = {"eager": {}, "lazy": {"lazy": True}, "packed": {"packing": True}, "by length": {"by_length": True}}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_unfinished_records_in_a_file(path, tmp_path):
+    """Every answer but the unfinished ones, which are the last of their records, has its end among the tokens."""
+    records = make_conversations(12)
+    ends = sum(len(record["messages"]) // 2 for record in records)
+    for record in records[::3]:
+        record["unfinished"] = True
+    data = load_conversations(write_jsonl(tmp_path / "chats.jsonl", records))
+    tokenizer = make_tokenizer("llama3")
+    rows = prepare(data, "chats", tokenizer, 1000, **path)[:]
+    labels = [label for labels in rows["labels"] for label in labels]
+    assert labels.count(tokenizer.eos_token_id) == ends - 4
+    tokens = [token for ids in rows["input_ids"] for token in ids]
+    assert tokens.count(tokenizer.eos_token_id) == 2 * ends - 4  # those of the questions are no labels
+
+
 SHORT, LONG = chat("why", "cold"), chat("why " * 30, "cold")
 
 
 @pytest.mark.parametrize("template", ["file", GENERATION], ids=["spans", "generation"])
 @pytest.mark.parametrize("max_length", [3, 21, 1000])  # 21: in the middle of the first answer
-def test_truncation_keeps_the_start(template, max_length):
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_truncation_keeps_the_start(unfinished, template, max_length):
     tokenizer = make_tokenizer("chatml", template)
-    whole, cut = encode(CHAT, tokenizer, 10**6), encode(CHAT, tokenizer, max_length)
+    whole, cut = (encode(CHAT, tokenizer, length, unfinished) for length in (10**6, max_length))
     assert cut == {key: tokens[:max_length] for key, tokens in whole.items()}
 
 
@@ -189,6 +255,7 @@ REFUSED = [
     ("two assistant turns in a row", {"messages": [USER, ANSWER, ANSWER]}),
     *(("a turn without text", {"messages": [turn("user", text), ANSWER]}) for text in ("", " \n", None, 42, ["why"])),
     ("a system turn that is not the first", {"messages": [USER, ANSWER, SYSTEM, USER, ANSWER]}),
+    *(("'unfinished' is not true or false", {"messages": [USER, ANSWER], "unfinished": x}) for x in ("yes", "", 0, 1)),
     *(("no answer by the assistant", {"messages": [said]}) for said in (USER, ANSWER, SYSTEM)),
 ]
 
@@ -203,6 +270,17 @@ def test_sharegpt_record(assistant):
     said = (("system", "moon"), ("human", "why"), (assistant, "cold"))
     turns = [{"from": role, "value": text} for role, text in said]
     assert to_messages({"id": "x", "conversations": turns}) == ([SYSTEM, USER, ANSWER], "")
+
+
+@pytest.mark.parametrize(("said", "flag"), [(True, True), (False, False), (None, False), ("absent", False)])
+@pytest.mark.parametrize("form", ["chat", "ShareGPT"])
+def test_unfinished_flag_of_a_record(form, said, flag, tmp_path):
+    record = {"messages": [USER, ANSWER, USER]}  # the question behind the answer goes, the flag stays the answer's
+    if form == "ShareGPT":
+        record = {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "cold"}]}
+    record |= {} if said == "absent" else {"unfinished": said}
+    (row,) = load_conversations(write_jsonl(tmp_path / "chats.jsonl", [record]))
+    assert row == {"record": 1, "messages": [USER, ANSWER], "unfinished": flag, "problem": ""}
 
 
 @pytest.mark.parametrize("start", [[], [SYSTEM]])
@@ -287,6 +365,14 @@ def test_changed_file_is_read_again(tmp_path):
         assert load_conversations(str(path))[0]["messages"] == chat("why", answer)
 
 
+def test_a_changed_flag_is_tokenised_again(tmp_path):
+    path, tokenizer, lengths = tmp_path / "chats.jsonl", make_tokenizer("chatml"), []
+    for unfinished in (False, True):
+        write_jsonl(path, [{"messages": SHORT, "unfinished": unfinished}])
+        lengths.append(prepare(load_conversations(str(path)), "chats", tokenizer, 1000)[0]["length"])
+    assert lengths[0] - lengths[1] == 2  # <|im_end|> and the line end
+
+
 TEN = [chat("why", f"{i}") for i in range(10)]
 
 
@@ -317,6 +403,11 @@ def test_duplicates_of_held_out_conversations_are_taken_out_of_training():
     assert list(train["messages"]) == TEN[:9] and list(held_out["messages"]) == TEN[9:]
 
 
+def test_a_finished_and_an_unfinished_conversation_are_two():
+    train, _ = split_conversations(to_data(*TEN, unfinished=[4, 5]), to_data(*TEN[3:6], unfinished=[1]), 0)
+    assert list(train["messages"]) == [*TEN[:3], TEN[4], *TEN[6:]]
+
+
 def to_rows(rows):
     return [(list(row["input_ids"]), list(row["labels"])) for row in rows]
 
@@ -339,9 +430,11 @@ def test_several_processes_give_the_same_rows_in_the_same_order(tmp_path, monkey
 def test_hub_dataset(tmp_path, monkeypatch, caplog):
     """A folder of that name stands in for the Hub: datasets loads both the same way."""
     (tmp_path / "chats").mkdir()
-    write_jsonl(tmp_path / "chats" / "train.jsonl", [*GOOD, {"id": 3, "messages": []}])
+    write_jsonl(tmp_path / "chats" / "train.jsonl", [GOOD[0], GOOD[1] | {"unfinished": True}, {"messages": []}])
     monkeypatch.chdir(tmp_path)
-    assert list(load_conversations("chats")["messages"]) == [record["messages"] for record in GOOD]
+    data = load_conversations("chats")
+    assert list(data["messages"]) == [record["messages"] for record in GOOD]
+    assert list(data["unfinished"]) == [False, True]  # the first does not say it
     assert "skipped 1 records: no turns" in caplog.text and "(first: record 3)" in caplog.text
 
 

@@ -31,7 +31,9 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0,
 
 
 def make_model(heads=3, **kwargs) -> MedusaModel:
-    model = MedusaModel.from_backbone(make_backbone(vocab_size=VOCAB, **kwargs), MedusaConfig(medusa_num_heads=heads))
+    model = MedusaModel.from_backbone(
+        make_backbone(**{"vocab_size": VOCAB} | kwargs), MedusaConfig(medusa_num_heads=heads)
+    )
     randomise(model.medusa_heads, 0.5)
     return model.eval().to(DEVICE)
 
@@ -141,7 +143,7 @@ def test_stops_where_the_context_ends():
     assert [len(answer) + len(prompt) for answer, prompt in zip(answers, PROMPTS, strict=True)] == [32] * 4
     for answer, prompt in zip(answers, PROMPTS, strict=True):
         assert answer == greedy(model.backbone, prompt, len(answer))
-    with pytest.raises(BadInput, match="33 tokens .* do not fit into the context of the backbone, 32"):
+    with pytest.raises(BadInput, match=r"33 tokens .* do not fit into the context of the backbone, 32"):
         Decoder(model, [], 1, 33)
     with pytest.raises(BadInput, match="prompt 2 has 32 tokens, and there is room for 32"):
         next(Decoder(model, [], 2, 32).run([[1], [1] * 32], 5))
@@ -301,3 +303,15 @@ def test_a_captured_pass_is_the_pass(sampling):
     if sampling.temperature == 0:
         assert results[:2] == results[2:]
     assert all(min(passes) < 55 for _, passes in results)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+def test_the_kernels_decode_the_same():
+    """On a GPU all tests of this file run through them; here Triton's interpreter does."""
+    model = make_model(2, hidden_size=64)
+    decoder = Decoder(model, bushy(2), 2, 40)
+    assert not decoder.kernels
+    want = decode(decoder, PROMPTS[1:3], 8)
+    decoder = Decoder(model, bushy(2), 2, 40)
+    decoder.kernels = decoder.cache.kernels = True
+    assert decode(decoder, PROMPTS[1:3], 8) == want

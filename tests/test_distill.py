@@ -1,7 +1,9 @@
-"""distill.py: answers are the model's own, however they are batched, and a killed run can be gone on with."""
+"""distill.py: answers are the model's own, however they are batched, the cut ones are marked, and a killed run can be
+gone on with."""
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from conftest import make_backbone, make_conversations, make_tokenizer, write_js
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
+import medusa_decoder
 from backbone import load_backbone
-from chat_data import load_conversations
+from chat_data import load_conversations, prepare
 from errors import BadInput
 
 PROMPTS = [chat["messages"][0]["content"] for chat in make_conversations(10)]
@@ -47,7 +50,7 @@ def ask(chat_dir, tmp_path, monkeypatch):
             prompts = tmp_path / "prompts.txt"
             prompts.write_text("\n\n".join(f" {prompt} " for prompt in PROMPTS))
         flags = {"model_name_or_path": model, "prompts": prompts, "output": tmp_path / name} | flags
-        flags = {"max_new_tokens": 12, "batch_size": 1} | flags
+        flags = {"max_new_tokens": 12, "max_prompt_length": 100, "batch_size": 1} | flags
         argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
         monkeypatch.setattr(sys, "argv", ["distill.py", *argv])
         distill.main()
@@ -56,15 +59,27 @@ def ask(chat_dir, tmp_path, monkeypatch):
     return run
 
 
+LENGTHS = [
+    len(ids) for ids in distill.tokenise([[{"role": "user", "content": p}] for p in PROMPTS], make_tokenizer("llama3"))
+]
+SOME = sorted(LENGTHS)[6]  # tokens that 7 of the 10 prompts have at most
+
+
 def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def test_writes_what_training_reads(ask):
     out = ask(batch_size=4)
-    assert len(records(out)) > 1
-    assert load_conversations(str(out))["messages"][:] == [record["messages"] for record in records(out)]
+    flags = [record.get("unfinished", False) for record in records(out)]
+    assert 0 < sum(flags) < len(flags)
+    data, tokenizer = load_conversations(str(out)), make_tokenizer("llama3")
+    assert data["messages"][:] == [record["messages"] for record in records(out)]
+    assert data["unfinished"][:] == flags
+    ends = [labels[-1] == tokenizer.eos_token_id for labels in prepare(data, "out", tokenizer, 1000)["labels"]]
+    assert ends == [not flag for flag in flags]
     for record in records(out):
+        assert record.keys() - {"unfinished"} == {"prompt", "messages"} and record.get("unfinished", True) is True
         user, assistant = record["messages"]
         assert user == {"role": "user", "content": PROMPTS[record["prompt"] - 1]}
         assert assistant["role"] == "assistant" and assistant["content"].strip()
@@ -81,35 +96,69 @@ def test_batching_changes_no_answer(ask, chat_dir, monkeypatch):
             turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         out = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
-        text = tokenizer.decode(out[:-1], skip_special_tokens=True).strip()
-        if out[-1] in ENDS and text:
-            alone[number] = text
-    assert 3 < len(set(alone.values())) < len(PROMPTS)  # different ones, and some that have no end
+        unfinished = out[-1] not in ENDS
+        text = tokenizer.decode(out if unfinished else out[:-1], skip_special_tokens=True)
+        if text := (text.rstrip("\ufffd") if unfinished else text).strip():
+            alone[number] = text, unfinished
+    assert len({text for text, _ in alone.values()}) > 3  # different ones, and some that have no end
+    assert 0 < sum(unfinished for _, unfinished in alone.values()) < len(alone)
 
     monkeypatch.setattr(distill, "load_backbone", lambda name, dtype: load_backbone(name, dtype=torch.float32))
     for size in (1, 4, len(PROMPTS)):
         written = records(ask(f"{size}.jsonl", batch_size=size))
-        assert {record["prompt"]: record["messages"][1]["content"] for record in written} == alone
+        found = {r["prompt"]: (r["messages"][1]["content"], r.get("unfinished", False)) for r in written}
+        assert found == alone
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("cut", ["in the last line", "after a line", "everything"])
-def test_going_on_gives_the_file_of_an_uninterrupted_run(cut, temperature, ask):
-    """One prompt a batch: larger ones are cut differently after a kill, and sampling then gives other words."""
-    out = ask(temperature=temperature)
-    whole = out.read_bytes()
-    last = whole.rstrip().rfind(b"\n") + 1
-    assert last > 0
-    out.write_bytes(whole[: {"in the last line": last + 9, "after a line": last, "everything": 0}[cut]])
-    assert ask(temperature=temperature).read_bytes() == whole
+@pytest.mark.parametrize("max_prompt_length", [100, SOME])
+def test_a_resume_anywhere_equals_an_uninterrupted_run(max_prompt_length, temperature, ask, tmp_path):
+    """Batches of 3, of which the last is smaller."""
+    flags = {"temperature": temperature, "batch_size": 3, "max_prompt_length": max_prompt_length}
+    whole = ask(**flags).read_text()
+    lines = whole.split("\n")
+    assert len(lines) > 6
+    for kept, line in enumerate(lines):
+        for rest in ("", line[:9]):
+            (tmp_path / "cut.jsonl").write_text("".join(line + "\n" for line in lines[:kept]) + rest)
+            assert ask("cut.jsonl", **flags).read_text() == whole
+
+
+def test_a_resumed_run_decodes_in_the_same_shapes(ask, monkeypatch):
+    """On a GPU the sums of another shape round differently, and every row draws other noise."""
+    shapes, decoder = [], medusa_decoder.Decoder
+
+    def note(model, choices, batch_size, max_length, *args):
+        shapes.append((batch_size, max_length))
+        return decoder(model, choices, batch_size, max_length, *args)
+
+    monkeypatch.setattr(medusa_decoder, "Decoder", note)
+    out = ask(batch_size=3)
+    lines = out.read_text().split("\n")
+    for kept in (4, 9):
+        out.write_text("".join(line + "\n" for line in lines[:kept]))
+        ask(batch_size=3)
+    assert shapes == [(3, max(LENGTHS) + 12)] * 3
+    ask("one.jsonl", batch_size=64)  # no more rows than there are prompts
+    assert shapes[3:] == [(10, max(LENGTHS) + 12)]
 
 
 def test_a_finished_run_asks_nothing_that_was_answered(ask, monkeypatch):
     out = ask()
-    whole, asked, answer = out.read_bytes(), [], distill.answer
-    monkeypatch.setattr(distill, "answer", lambda m, t, prompts, a: asked.extend(prompts) or answer(m, t, prompts, a))
+    whole, asked, answer_all = out.read_bytes(), [], distill.answer_all
+
+    def note(model, prompts, *args):
+        for answer, prompt in zip(answer_all(model, prompts, *args), prompts, strict=True):
+            asked.append(make_tokenizer("llama3").decode(prompt))
+            yield answer
+
+    monkeypatch.setattr(distill, "answer_all", note)
     assert ask().read_bytes() == whole
-    assert asked == PROMPTS[records(out)[-1]["prompt"] :]
+    last = records(out)[-1]["prompt"]
+    assert len(asked) == len(PROMPTS) - last  # behind the last record there can only be answers without text
+    assert ask("new.jsonl").read_bytes() == whole
+    assert len(asked) == 2 * len(PROMPTS) - last
+    assert all(prompt in text for prompt, text in zip(PROMPTS, asked[-len(PROMPTS) :], strict=True))
 
 
 def test_limit_is_the_first_prompts(ask):
@@ -128,12 +177,78 @@ def test_seed_decides_what_is_sampled(ask):
     assert len(set(texts.values())) == 3
 
 
-def test_unfinished_answers_are_left_out(ask, caplog):
+def test_each_batch_samples_anew(ask, tmp_path):
+    (tmp_path / "same.txt").write_text("why\n" * 4)
+    found = records(ask(prompts=tmp_path / "same.txt", temperature=1, max_new_tokens=40))
+    assert len({record["messages"][1]["content"] for record in found}) == len(found) > 1
+
+
+def test_unfinished_answers_are_the_start_of_longer_ones(ask, caplog):
     caplog.set_level(logging.INFO)
-    short, long = records(ask("short", max_new_tokens=5)), records(ask("long", max_new_tokens=12))
-    assert 0 < len(short) < len(long)
-    assert [record for record in long if record in short] == short
-    assert f"left out {len(PROMPTS) - len(short)} answers" in caplog.text
+    short, long = ({r["prompt"]: r for r in records(ask(f"{n}", max_new_tokens=n))} for n in (5, 12))
+    cut = [number for number, record in short.items() if record.get("unfinished")]
+    assert 0 < len(cut) < len(short)
+    assert all(record == long[number] for number, record in short.items() if number not in cut)
+    for number in cut:
+        start, text = (records[number]["messages"][1]["content"] for records in (short, long))
+        assert text.startswith(start) and (len(text) > len(start) or "unfinished" not in long[number])
+    message = f"{len(short) - len(cut)} answers with an end and {len(cut)} unfinished after 5 tokens; left out: "
+    assert message + f"{len(PROMPTS) - len(short)} answers without text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ("warm moon", ("warm moon", "unfinished")),
+        ("warm moon|", ("warm moon", "finished")),
+        (" warm \n", ("warm", "unfinished")),
+        (" warm \n|", ("warm", "finished")),
+        ("warm é", ("warm é", "unfinished")),
+        ("warm é/", ("warm", "unfinished")),  # the first of its two bytes
+        ("warm 🌕/", ("warm", "unfinished")),  # the first three of four
+        ("warm é/|", ("warm \ufffd", "finished")),  # the model's own words, and no cut
+        ("|", ("", "empty")),
+        (" \n|", ("", "empty")),
+        (" ", ("", "empty")),
+        ("🌕/", ("", "empty")),
+    ],
+)
+def test_text_of_an_answer(tokens, found):
+    """| is an end of turn, / takes the token before it away."""
+    tokenizer, ids = make_tokenizer("llama3"), []
+    for part in re.split("([|/])", tokens):
+        if part == "/":
+            ids.pop()
+        else:
+            ids += [tokenizer.eos_token_id] if part == "|" else tokenizer(part)["input_ids"]
+    assert distill.to_text(ids, {5, tokenizer.eos_token_id}, tokenizer) == found
+
+
+def test_longer_prompts_are_left_out(ask, caplog):
+    """And the numbers of the others stay their places in the file."""
+    caplog.set_level(logging.INFO)
+    short = [number for number, length in enumerate(LENGTHS, 1) if length <= SOME]
+    assert len(short) == 7 and short != list(range(1, 8))
+    everything, some = ask("all"), ask("some", max_prompt_length=SOME)
+    assert records(some) == [record for record in records(everything) if record["prompt"] in short]
+    assert len(records(some)) > 3
+    assert f"3 prompts of more than {SOME} tokens" in caplog.text
+    assert records(ask("none", max_prompt_length=min(LENGTHS) - 1)) == []
+    assert f"10 prompts of more than {min(LENGTHS) - 1} tokens" in caplog.text
+
+
+def test_a_prompt_and_its_answer_fit_into_the_context(ask):
+    assert records(ask(max_prompt_length=200, max_new_tokens=56))
+    with pytest.raises(BadInput, match=r"--max_prompt_length 200 and --max_new_tokens 57 .* 256 tokens .*: lower one"):
+        ask(max_prompt_length=200, max_new_tokens=57)
+
+
+def test_a_model_without_an_end_is_refused(ask, chat_dir):
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((chat_dir / name).read_text())
+        (chat_dir / name).write_text(json.dumps(settings | {"eos_token_id": None}))
+    with pytest.raises(BadInput, match="names no end-of-sequence token"):
+        ask()
 
 
 def test_asks_the_first_question_of_conversations(ask, tmp_path):
@@ -166,17 +281,6 @@ def test_not_a_chat_model(ask, chat_dir):
         ask()
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_a_sampled_resume_inside_a_batch_equals_an_uninterrupted_run(ask, kept):
-    flags = {"temperature": 1, "batch_size": 4, "max_new_tokens": 40}
-    whole = ask(**flags).read_text()
-    lines = whole.split("\n")
-    assert len(lines) > 3
-    cut = ask(name="cut.jsonl", **flags)
-    cut.write_text("".join(line + "\n" for line in lines[:kept]) + lines[kept][:9])
-    assert ask(name="cut.jsonl", **flags).read_text() == whole
-
-
 def test_the_first_question_is_asked_not_the_system_prompt(tmp_path):
     turns = [("system", "be terse"), ("user", "why"), ("assistant", "warm")]
     chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
@@ -191,7 +295,9 @@ def test_a_foreign_output_file_is_not_touched(ask, tmp_path, text):
     assert (tmp_path / "out.jsonl").read_text() == text
 
 
-@pytest.mark.parametrize("flags", [{"batch_size": 0}, {"max_new_tokens": 0}, {"temperature": -1}])
+@pytest.mark.parametrize(
+    "flags", [{"batch_size": 0}, {"max_new_tokens": 0}, {"max_prompt_length": 0}, {"temperature": -1}]
+)
 def test_numbers_that_cannot_work(ask, flags):
     with pytest.raises(BadInput, match="1 or more"):
         ask(**flags)

@@ -1,0 +1,223 @@
+"""Triton kernels for decoding, where a pass has few rows and takes as long as reading the weights and the cache.
+
+`tree_attention` is the attention of a pass over a tree of guesses, one kernel (and a small one) instead of nine.
+`OneRowLinear` multiplies one row: the weights of an 8 B model in bf16 are 15 GB, 5.0 ms at the 3.0 TB/s of an H100,
+and cuBLAS takes 6.0 ms, this 5.5. With more rows cuBLAS is as fast as any tile tried, so it does those.
+`write` puts a pass's keys and values into the cache.
+
+Forward only. Grids and splits follow from the shapes of the arguments, never from values on the device, so that a CUDA
+graph can hold them.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # where tl.dot takes bf16 for integers
+
+
+@triton.jit
+def _dot(a, b, total):
+    """a @ b + total. Numbers of fp32 are not rounded to the 10 bits of tf32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+class AttentionConfig(NamedTuple):
+    rows: int  # of a program: query heads x nodes
+    keys: int  # a step of a program
+    splits: int  # programs that share the keys
+    warps: int
+    stages: int
+
+
+def attention_config(programs: int, rows: int, places: int, key: torch.Tensor, processors: int) -> AttentionConfig:
+    """programs: batch x key heads; rows: that share their keys; places: in the cache; key `[D]`: one of them.
+
+    The best of those tried on an H100 with D = 128, 512 and 8,000 tokens in the cache, and 1, 17 and 64 nodes: small
+    blocks, unless so many rows share long keys that reading them again for each block would cost more.
+    """
+    if rows <= 16 or (rows <= 128 and places <= 2048) or key.dtype == torch.float32:
+        block, keys, warps, stages, resident = 16, 2**13 // key.nbytes, 4, 3, 2  # 8 KB: three stages of both are 48 KB
+    else:
+        block, keys, warps, stages, resident = 64, 2**15 // key.nbytes, 8, 2, 1  # 32 KB: two stages of both are 128 KB
+    keys = max(16, min(128, keys))
+    programs *= triton.cdiv(rows, block)
+    splits = max(1, min(resident * processors // programs, triton.cdiv(places, keys)))  # each multiprocessor has some
+    return AttentionConfig(block, keys, splits, warps, stages)
+
+
+@triton.jit(do_not_specialize=["nodes"])
+def _attend(
+    q_ptr, k_ptr, v_ptr, length_ptr, ancestors_ptr, depth_ptr, out_ptr, lse_ptr, scaling, nodes, kv_heads,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_s, v_b, v_h, v_s,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Program (row block, split, batch x key head). Row r is node r % nodes of the r // nodes-th of GROUPS heads."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), tl.program_id(2) % kv_heads
+    row, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
+    mine, node, head = row < GROUPS * nodes, row % nodes, kv_head * GROUPS + row // nodes
+    q = q_ptr + batch * q_b + head[:, None] * q_h + node[:, None] * q_n + d[None, :] * q_d
+    q = tl.load(q, mask=mine[:, None], other=0.0)
+    k_ptr += batch * k_b + kv_head * k_h
+    v_ptr += batch * v_b + kv_head * v_h
+    if WINDOW is not None:
+        depth = tl.load(depth_ptr + node)
+
+    length = tl.load(length_ptr + batch).to(tl.int32)
+    end = length + nodes
+    begin = 0 if WINDOW is None else tl.maximum(length - WINDOW + 1, 0)  # the root sees farthest back
+    share = tl.cdiv(tl.cdiv(end - begin, KEYS), splits) * KEYS
+    begin += split * share
+    best = tl.full([ROWS], float("-inf"), tl.float32)  # so far, as a power of 2: of each row's scores
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, SIZE], tl.float32)
+    for start in range(begin, tl.minimum(begin + share, end), KEYS):
+        place = start + tl.arange(0, KEYS)
+        there = place < end
+        k = tl.load(k_ptr + place[:, None] * k_s + d[None, :], mask=there[:, None], other=0.0)
+        scores = _dot(q, tl.trans(k), None) * scaling
+        if SOFTCAP is not None:  # tanh(x) = 2 sigmoid(2 x) - 1
+            scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)
+        scores *= 1.4426950408889634  # log2(e): exp2 is one instruction
+        behind = place - length
+        if WINDOW is not None:
+            near = (depth[:, None] - behind[None, :] < WINDOW) | (behind >= 0)[None, :]
+            scores = tl.where(near, scores, float("-inf"))
+        if start + KEYS > length:
+            new = there & (behind >= 0)
+            seen = tl.load(ancestors_ptr + node[:, None] * nodes + behind[None, :], mask=new[None, :], other=0) != 0
+            if WINDOW is not None:
+                seen &= depth[:, None] - tl.load(depth_ptr + behind, mask=new, other=0)[None, :] < WINDOW
+            scores = tl.where(seen | (behind < 0)[None, :], scores, float("-inf"))
+        better = tl.maximum(best, tl.max(scores, 1))
+        shift = tl.where(better == float("-inf"), 0.0, better)  # a row may see nothing of a split
+        decay = tl.exp2(best - shift)
+        scores = tl.exp2(scores - shift[:, None])
+        v = tl.load(v_ptr + place[:, None] * v_s + d[None, :], mask=there[:, None], other=0.0)
+        out = _dot(scores.to(v.dtype), v, out * decay[:, None])
+        total = total * decay + tl.sum(scores, 1)
+        best = better
+
+    batches = tl.num_programs(2) // kv_heads
+    to = ((split * batches + batch) * nodes + node) * (kv_heads * GROUPS) + head  # [splits, B, n, H]
+    total = tl.where(total > 0, total, 1.0)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + to, best + tl.log2(total), mask=mine)
+        mine &= best > float("-inf")
+    tl.store(out_ptr + to[:, None] * SIZE + d[None, :], out / total[:, None], mask=mine[:, None])
+
+
+@triton.jit
+def _combine(partial_ptr, lse_ptr, out_ptr, splits, SIZE: tl.constexpr, SPLITS: tl.constexpr):
+    """One row's partial results, each a softmax over some of the keys, to one. SPLITS: the next power of 2."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, SIZE)
+    lse = tl.load(lse_ptr + split * rows + row, mask=split < splits, other=float("-inf"))
+    share = tl.exp2(lse - tl.max(lse, 0))
+    there = (lse > float("-inf"))[:, None]  # nothing was written where a row saw nothing
+    partial = tl.load(partial_ptr + (split * rows + row)[:, None] * SIZE + d[None, :], mask=there, other=0.0)
+    tl.store(out_ptr + row * SIZE + d, tl.sum(partial * share[:, None], 0) / tl.sum(share, 0))
+
+
+def tree_attention(
+    query, keys, values, length, ancestors, depth, scaling: float, softcap: float | None = None,
+    sliding_window: int | None = None, config: AttentionConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of n tree nodes: query `[B, H, n, D]`, keys and values `[B, H_kv, S, D]`, the whole cache, of which
+    `[:length]` is text and the n places behind it are the nodes' own -> `[B, n, H, D]`.
+
+    length `[B, 1]` int64 on the device. A node sees the text and the nodes in its row of ancestors `[n, n]` bool
+    (itself among them), with a sliding window only what is less than that many tokens before it in the text it
+    continues, where it stands at length + depth `[n]`. Only the filled part of the cache is read, once for all nodes
+    and all the query heads that share it.
+    """
+    batch, heads, nodes, size = query.shape
+    kv_heads, places = keys.shape[1:3]
+    if size != triton.next_power_of_2(size) or size < 16:
+        raise ValueError(f"tree_attention: heads of {size}, not of a power of two from 16 on")
+    groups = heads // kv_heads
+    if config is None:
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
+        config = attention_config(batch * kv_heads, groups * nodes, places, keys[0, 0, 0], processors)
+    out = query.new_empty(batch, nodes, heads, size)
+    partial, lse = out, None
+    if config.splits > 1:
+        partial = out.new_empty(config.splits, *out.shape, dtype=torch.float32)
+        lse = partial.new_empty(partial.shape[:-1])
+    _attend[(triton.cdiv(groups * nodes, config.rows), config.splits, batch * kv_heads)](
+        query, keys, values, length, ancestors, depth, partial, lse, scaling, nodes, kv_heads,
+        *query.stride(), *keys.stride()[:3], *values.stride()[:3],
+        GROUPS=groups, SIZE=size, SOFTCAP=softcap, WINDOW=sliding_window,
+        ROWS=config.rows, KEYS=config.keys, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if lse is not None:
+        padded = triton.next_power_of_2(config.splits)
+        _combine[(batch * nodes * heads,)](partial, lse, out, config.splits, SIZE=size, SPLITS=padded)
+    return out
+
+
+@triton.jit
+def _one_row(
+    x_ptr, w_ptr, bias_ptr, out_ptr, N, K, w_n, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr
+):
+    """Program: BLOCK_N outputs of one row. Each thread adds up its own inputs, all of them together at the end."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_ptr += n.to(tl.int64)[:, None] * w_n
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        # A weight is read once: it should not push x out of the cache.
+        w = tl.load(
+            w_ptr + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    out = tl.sum(total, 1)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, out, mask=n < N)
+
+
+class OneRowLinear(nn.Linear):
+    """`nn.Linear`, `[..., K]` -> `[..., N]`; one row of bf16 without gradients takes the kernel. Put into a model by
+    changing its layers' class: weights and names stay."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() != self.in_features or x.dtype != self.weight.dtype or torch.is_grad_enabled():
+            return super().forward(x)
+        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
+        _one_row[(triton.cdiv(self.out_features, 4),)](
+            x, self.weight, self.bias, out, self.out_features, self.in_features, self.weight.stride(0),
+            BLOCK_N=4, BLOCK_K=1024, STAGES=3, num_warps=4,
+        )  # fmt: skip
+        return out
+
+
+@triton.jit(do_not_specialize=["nodes"])
+def _write(
+    k_ptr, v_ptr, keys_ptr, values_ptr, length_ptr, nodes, kv_heads, k_b, k_h, k_n, v_b, v_h, v_n, c_b, c_h, c_s,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    node, head, d = tl.program_id(0), tl.program_id(1) % kv_heads, tl.arange(0, SIZE)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    to = batch * c_b + head * c_h + (tl.load(length_ptr + batch) + node) * c_s + d
+    tl.store(keys_ptr + to, tl.load(k_ptr + batch * k_b + head * k_h + node * k_n + d))
+    tl.store(values_ptr + to, tl.load(v_ptr + batch * v_b + head * v_h + node * v_n + d))
+
+
+def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor):
+    """key and value `[B, H_kv, n, D]` -> places length .. length + n - 1 of keys and values `[B, H_kv, S, D]`, which
+    have the same strides."""
+    batch, kv_heads, nodes, size = key.shape
+    _write[(nodes, batch * kv_heads)](
+        key, value, keys, values, length, nodes, kv_heads, *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
+        SIZE=size, num_warps=1,
+    )  # fmt: skip
