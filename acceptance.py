@@ -8,15 +8,13 @@ A text is here a list of paths, one for each of its tokens but the last, which n
 right if that token is the root, as ranks of head 1, 2, ... The first token comes from reading the prompt.
 """
 
-from collections import Counter
 from itertools import takewhile
 
-from medusa_tree import Choices, best_tree, chain, from_counts, independent
+from medusa_tree import Choices, best_tree, chain, expected_length, independent
 
 TOP = 10  # ranks 0..TOP-1 are told apart; TOP: not among the TOP best
 NO_TOKEN = -1  # in the place of a rank: the text ends before that head's token
-MOST_PATHS = 1000
-NODES = (4, 8, 16, 32, 64)
+NODES = (4, 8, 16, 32, 63)  # 63 guesses and the root fill a tile of 64 rows
 
 Path = tuple[int, ...]
 
@@ -24,18 +22,6 @@ Path = tuple[int, ...]
 def right_path(ranks: list[int]) -> Path:
     """Of a row's ranks, head 1 first, those before the first guess that is not in reach: the longest right path."""
     return tuple(takewhile(lambda rank: 0 <= rank < TOP, ranks))
-
-
-def path_shares(texts: list[list[Path]], most: int = MOST_PATHS) -> list[tuple[Path, float]]:
-    """The share of rows at which all of a path is right, for the `most` frequent paths, the most frequent first.
-
-    One denominator for all depths, the rows at which head 1 has a token to guess: so no path has a larger share than
-    its parent, and a path's parent comes before it.
-    """
-    counts = Counter(path[:depth] for text in texts for path in text for depth in range(1, len(path) + 1))
-    rows = sum(map(len, texts))
-    frequent = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:most]
-    return [(path, counts[path] / rows) for path in frequent]
 
 
 def acceptance_length(choices: Choices, texts: list[list[Path]]) -> float:
@@ -52,14 +38,14 @@ def acceptance_length(choices: Choices, texts: list[list[Path]]) -> float:
     return sum(map(len, texts)) / max(1, passes)
 
 
-def acceptance(choose: list[list[Path]], top: list[list[float]], measure: list[list[Path]]) -> list[dict]:
-    """-> [{"tree", "nodes", "length"}, ...]: tokens per pass on the texts `measure` with the chain and with the best
-    trees of 4 to 64 nodes. Those are chosen for the texts `choose`, "joint" by how often whole paths are right there,
-    "independent" by the heads' accuracies `top` `[K+1][TOP]` there. Where fewer paths than nodes are ever right, the
-    tree that has them all is the last one."""
-    num_heads = len(top) - 1
-    trees = [("chain", chain(num_heads))]
-    for name, chance in (("joint", from_counts(path_shares(choose))), ("independent", independent(top))):
-        by_size = {len(tree): tree for tree in (best_tree(chance, num_heads, TOP, nodes) for nodes in NODES)}
-        trees += [(name, tree) for tree in by_size.values()]
-    return [{"tree": name, "nodes": len(tree), "length": acceptance_length(tree, measure)} for name, tree in trees]
+def acceptance(top: list[list[float]], texts: list[list[Path]]) -> list[dict]:
+    """-> [{"tree", "nodes", "length", "expected"}, ...]: tokens per pass on these texts, and as expected, of the chain
+    and of the best trees of 4 to 63 nodes for the accuracies `top` `[K+1][TOP]`. Where fewer paths than nodes have a
+    chance, the tree that has them all is the last one."""
+    chance, num_heads = independent(top), len(top) - 1
+    best = {len(tree): tree for tree in (best_tree(chance, num_heads, TOP, nodes) for nodes in NODES)}
+    rows = []
+    for name, tree in [("chain", chain(num_heads)), *(("best", tree) for tree in best.values())]:
+        length, expected = acceptance_length(tree, texts), expected_length(tree, chance)
+        rows.append({"tree": name, "nodes": len(tree), "length": length, "expected": expected})
+    return rows

@@ -10,7 +10,8 @@ reference  The conversations' answers. `before` is the accuracy of untrained hea
 own        What the backbone itself answers, greedily, to what comes before each conversation's first answer. Decoding
            accepts a guess if it is the backbone's own token, so this text says how fast the heads make it. Draft trees
            are chosen on the first half of the conversations and measured on the other half: tokens per pass, exactly
-           what a greedy decoder would yield there. With a single conversation, that one has to do for both.
+           what a greedy decoder would yield there, beside what the first half's accuracies had led to expect. With a
+           single conversation, that one has to do for both.
 
 The figures go to HEADS/accuracy.json, for medusa_tree.py, and a picture beside it.
 """
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import errors
-from acceptance import NO_TOKEN, TOP, acceptance, path_shares, right_path
+from acceptance import NO_TOKEN, TOP, acceptance, right_path
 from batches import Collator
 from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from errors import BadInput
@@ -141,23 +142,22 @@ def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_siz
 
 
 def own_text(model: MedusaModel, prompts, eos: set[int], max_new_tokens, collate, batch_size, progress=tqdm) -> dict:
-    """`own` in the JSON: `rows` and `top` as of `evaluate`, but on the backbone's answers; `paths`, how often whole
-    paths of ranks are right there (`path_shares`); and tokens per pass of trees (`acceptance`)."""
+    """`own` in the JSON: `rows` and `top` as of `evaluate`, but on the backbone's answers, and tokens per pass of
+    trees (`acceptance`)."""
     order, answers = by_length(prompts), [None] * len(prompts)
     found = answer_all(model, [prompts[i] for i in order], max_new_tokens, batch_size, eos)
     for i, answer in zip(order, progress(found, total=len(prompts), desc="answering", unit="prompt"), strict=True):
         answers[i] = answer
     tables = own_ranks(model, prompts, answers, collate, batch_size, progress)
-    texts = [[right_path(row) for row in table[:-1, 1:].tolist()] for table in tables]
-    half = len(texts) // 2  # no tree is judged on the text it was chosen for
-    choose, counts = slice(half or None), count(torch.cat(tables))
+    half = len(tables) // 2  # no tree is judged on the text it was chosen for
+    counts, choose = count(torch.cat(tables)), count(torch.cat(tables[: half or None]))
+    texts = [[right_path(row) for row in table[:-1, 1:].tolist()] for table in tables[half:]]
     return {
-        "conversations": len(texts),
+        "conversations": len(tables),
         "max_new_tokens": max_new_tokens,
         "rows": counts.sum(1).tolist(),
         "top": accuracy(counts),
-        "paths": path_shares(texts),
-        "acceptance": acceptance(texts[choose], accuracy(count(torch.cat(tables[choose]))), texts[half:]),
+        "acceptance": acceptance(accuracy(choose), texts),
     }
 
 
@@ -173,8 +173,8 @@ def report(result: dict) -> str:
     if own := result.get("own"):
         columns = zip(head_names(result), own["rows"], own["top"], strict=True)
         parts.append([{"own text": name, "rows": n, "top-1": t[0], "top-5": t[4]} for name, n, t in columns])
-        trees = [row for row in own["acceptance"] if row["tree"] != "independent"]
-        parts.append([{"tree": t["tree"], "nodes": t["nodes"], "tokens per pass": t["length"]} for t in trees])
+        keys = ("tree", "nodes", "tokens per pass", "expected")
+        parts.append([dict(zip(keys, row.values(), strict=True)) for row in own["acceptance"]])
     return "\n\n".join(map(markdown, parts))
 
 

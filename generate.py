@@ -15,7 +15,7 @@ import shutil
 import textwrap
 import time
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from errors import BadInput
 from medusa_checkpoint import find_heads, write_atomically
 from medusa_decoder import Decoder, Sampling
 from medusa_model import MedusaModel
-from medusa_tree import Choices, best_tree, chain, fastest, load_chance, markdown, read_choices
+from medusa_tree import Choices, best_tree, chain, fastest, load_chance, markdown, measured_lengths, read_choices
 from prompts import end_tokens, read_prompts, tokenise
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Decoded:
 
 
 def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: str, show=None) -> Decoded:
-    """All prompts, batch by batch. show(tokens) gets what a pass adds to an answer, as it comes, and None behind it."""
+    """All prompts, batch by batch. show(tokens) gets what a pass adds to an answer, then None."""
     out, batch_size = Decoded(name), len(decoder.tokens)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -106,20 +106,21 @@ def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) ->
     for nodes in SIZES:
         decoder = Decoder(model, best_tree(chance, heads, ranks, nodes), args.batch_size, max_length)
         step_ms[nodes] = decoder.step_ms(prompt, passes=20 if decoder.device.type == "cuda" else 3)
-    nodes, choices, table = fastest(chance, heads, ranks, step_ms)
+    nodes, choices, table = fastest(chance, heads, ranks, step_ms, measured_lengths(figures))
     logger.info("one pass takes, on this machine, and is expected to yield:\n%s", markdown(table))
     logger.info("chosen: %s", f"a tree of {nodes} nodes" if nodes else "no tree: the heads do not pay here")
     return choices
 
 
 def pieces_of(answer: list[int], lengths: list[int], tokenizer, mark: str) -> str:
-    """An answer's text with a mark between what different passes yielded."""
-    ends = [1]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    texts = [tokenizer.decode(answer[:end], skip_special_tokens=True) for end in ends]
-    before = ["", *texts[:-1]]
-    return mark.join(text.removeprefix(old) for text, old in zip(texts, before, strict=True))
+    """An answer's text with a mark between what different passes yielded. A character of several tokens, of which a
+    pass has only some, appears with the pass that completes it."""
+    text, pieces = "", []
+    for end in accumulate([1, *lengths]):
+        longer = tokenizer.decode(answer[:end], skip_special_tokens=True).rstrip("\ufffd")
+        pieces.append(longer[len(text) :])
+        text = longer
+    return mark.join(pieces)
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
@@ -204,22 +205,22 @@ def main():
     choices = choose_tree(args, model, prompts[0], max_length)
     sampling = Sampling(args.temperature, args.acceptance == "typical", args.epsilon, args.delta)
     eos = end_tokens(model.backbone)
+    # A batch's answers would mix on the terminal, and with --compare it would slow down one of the two.
+    show = stream(tokenizer) if args.batch_size == 1 and not args.compare else None
     runs = []
     for tree in [[]] * args.compare + [choices]:
         name = f"{len(tree[-1])} heads, tree of {len(tree)}" if tree else "plain"
         set_seed(args.seed)
         decoder = Decoder(model, tree, args.batch_size, max_length, sampling)
-        streamed = args.batch_size == 1 and len(runs) == args.compare  # a batch's answers would mix
-        print_answer = stream(tokenizer) if streamed else None
-        runs.append(decode(decoder, prompts, args.max_new_tokens, eos, name, print_answer))
-    if not streamed:
-        print("\n\n".join(tokenizer.decode(answer, skip_special_tokens=True) for answer in runs[-1].answers))
+        runs.append(decode(decoder, prompts, args.max_new_tokens, eos, name, show))
     result = {"tree": choices, "answers": [tokenizer.decode(a, skip_special_tokens=True) for a in runs[-1].answers]}
     if args.compare:
         text, figures = compare(*runs, tokenizer, dtype, greedy=args.temperature == 0)
         print(text)
         result |= figures
     else:
+        if show is None:
+            print("\n\n".join(result["answers"]))
         figures = runs[-1].figures()
         print("\n{tokens_per_s:.1f} tokens/s, {tokens_per_pass:.2f} tokens per pass".format(**figures))
         result["heads"] = figures

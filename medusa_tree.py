@@ -32,31 +32,20 @@ Choices = list[tuple[int, ...]]  # sorted by (length, path)
 Chance = Callable[[tuple[int, ...]], float]  # that all of a path is right; never more than its parent's
 
 
-def is_path(path) -> bool:
-    return isinstance(path, (list, tuple)) and len(path) > 0 and all(type(r) is int and r >= 0 for r in path)
-
-
-def check(choices, num_heads: int | None = None, source: str = "the tree", ranks: int | None = None) -> Choices:
-    """A tree of unknown origin, checked and in order. `[]` is a tree too: plain decoding.
-
-    Raises BadInput if it is no list of rank paths, repeats a path or lacks a path's parent, or asks for more heads or
-    ranks than there are.
-    """
+def check(choices, num_heads: int | None = None, source: str = "the tree") -> Choices:
+    """A tree of unknown origin, in order; `[]`, plain decoding, is one too. Raises BadInput if it is no list of rank
+    paths, repeats a path, lacks a path's parent, or asks for more heads than there are."""
     if not isinstance(choices, (list, tuple)):
         raise BadInput(f"{source} must be a list of paths such as [[0], [1], [0, 0]], not {str(choices)[:80]!r}")
     for i, path in enumerate(choices, start=1):
-        if not is_path(path):
-            raise BadInput(
-                f"{source}: path {i} of {len(choices)} must be a list of one or more ranks, whole numbers from 0, "
-                f"such as [0, 1], not {str(path)[:80]!r}"
-            )
+        if not (path and isinstance(path, (list, tuple)) and all(type(rank) is int and rank >= 0 for rank in path)):
+            ranks_only = "must be a list of one or more ranks, whole numbers from 0, such as [0, 1]"
+            raise BadInput(f"{source}: path {i} of {len(choices)} {ranks_only}, not {str(path)[:80]!r}")
     tree = []
     for path in sorted(sorted(map(tuple, choices)), key=len):
         problem, parent = None, path[:-1]
         if num_heads is not None and len(path) > num_heads:
             problem = f"a path of depth {len(path)} ({[*path]}), but there are {num_heads} heads: leave it out"
-        elif ranks is not None and max(path) >= ranks:
-            problem = f"the path {[*path]}, but ranks end at {ranks - 1}: leave it out"
         elif tree and path == tree[-1]:
             problem = f"the path {[*path]} twice: leave one out"
         elif parent and parent not in tree:
@@ -75,10 +64,7 @@ def read_json(path):
 
 
 def read_choices(path, num_heads: int | None = None) -> Choices:
-    """A tree from a JSON file: the list of lists that the original Medusa and TensorRT-LLM take as medusa_choices.
-
-    Raises BadInput if the file cannot be read or `check` refuses what is in it.
-    """
+    """A tree from a JSON file: the list of lists that the original Medusa and TensorRT-LLM take as medusa_choices."""
     return check(read_json(path), num_heads, source=f"the tree {path}")
 
 
@@ -92,11 +78,11 @@ def chain(num_heads: int) -> Choices:
 
 
 def independent(top: list[list[float]]) -> Chance:
-    """Chances as the paper models them: heads are right or wrong independently of each other (arXiv 2401.10774,
-    "Searching for the optimized tree construction").
-
-    top `[K+1][TOP]` is evaluate.py's: the shares of rank <= 1..TOP, of which row 0, the lm_head's, is not used.
-    """
+    """Chances if heads are right or wrong independently of each other, as in "Searching for the optimized tree
+    construction" of arXiv 2401.10774. top `[K+1][TOP]`: the shares of rank <= 1..TOP; row 0 is the lm_head's."""
+    # They are not, but with five heads for SmolLM2 trees from counts of whole paths yielded no more (2.27 tokens per
+    # pass against 2.25 with 32 nodes, 1.92 against 1.95 with 8). With 32 nodes those counts promised 12 % too much,
+    # these chances 3 %: a decoder does not stand at all places equally often, it jumps over the easy ones.
     exactly = [[upto - before for before, upto in pairwise([0.0, *row])] for row in top[1:]]
 
     def chance(path):
@@ -108,17 +94,9 @@ def independent(top: list[list[float]]) -> Chance:
     return chance
 
 
-def from_counts(paths: list) -> Chance:
-    """Chances as they were counted on a text: paths is [[path, share], ...]; what is not there was never right."""
-    shares = {tuple(path): share for path, share in paths}
-    return lambda path: shares.get(path, 0.0)
-
-
 def best_tree(chance: Chance, num_heads: int, ranks: int, nodes: int) -> Choices:
-    """The tree of `nodes` nodes with the highest expected acceptance length.
-
-    It is smaller if fewer paths have a chance above 0. Of equal chances the shorter path is taken, then lower ranks.
-    """
+    """The tree of `nodes` nodes with the highest expected acceptance length, a smaller one if fewer paths have a
+    chance above 0. Of equal chances the shorter path is taken, then lower ranks."""
     # No path has a higher chance than its parent, so the N likeliest paths hold the parents of each of them: they are
     # a tree, and no N paths have a higher sum. The heap yields paths by falling chance without listing all of them:
     # what is not in it yet descends from something that is. Chances may rise with the rank, so all children go in.
@@ -137,15 +115,16 @@ def expected_length(choices: Choices, chance: Chance) -> float:
     return 1.0 + sum(chance(path) for path in choices)
 
 
-def fastest(chance: Chance, num_heads: int, ranks: int, step_ms: dict[int, float]) -> tuple[int, Choices, list[dict]]:
-    """-> (N, tree, table): of the tree sizes in step_ms the one that yields most tokens per second.
+def fastest(chance: Chance, num_heads: int, ranks: int, step_ms: dict[int, float], lengths: dict | None = None):
+    """-> (N, its Choices, table): of the tree sizes in step_ms the one that yields most tokens per second.
 
-    step_ms: N -> ms that one step takes with N nodes, not empty; 0 is plain decoding. table: a dict per N.
+    step_ms: N -> ms that one step takes with N nodes, not empty; 0 is plain decoding. lengths: N -> tokens per pass,
+    for the sizes where that was measured; for others it is the expected_length. table: a dict per N.
     """
     trees = {nodes: best_tree(chance, num_heads, ranks, nodes) for nodes in sorted(step_ms)}
     table = []
     for nodes, tree in trees.items():
-        length, ms = expected_length(tree, chance), step_ms[nodes]
+        ms, length = step_ms[nodes], (lengths or {}).get(len(tree), expected_length(tree, chance))
         table.append({"nodes": nodes, "step_ms": ms, "length": length, "tokens_per_s": 1000 * length / ms})
     nodes = max(table, key=lambda row: row["tokens_per_s"])["nodes"]  # of equals the smallest
     return nodes, trees[nodes], table
@@ -175,27 +154,26 @@ def layout(choices: Choices) -> Layout:
     )
 
 
-def load_chance(path, joint: bool = True) -> tuple[Chance, int, int]:
-    """-> (chance, heads, ranks) from evaluate.py's JSON; joint=False: from the accuracies alone.
-
-    Prefers the backbone's own text, which decoding has to hit, to the reference text, and chances counted for whole
-    paths to products. Raises BadInput for a file without accuracies.
-    """
+def load_chance(path) -> tuple[Chance, int, int]:
+    """-> (chance, heads, ranks) from evaluate.py's JSON. Prefers the accuracies on the backbone's own text, which
+    decoding has to hit, to those on the reference text. Raises BadInput for a file without accuracies."""
     data = read_json(path)
     try:
-        own = data.get("own") or {}
-        top, paths = own.get("top") or data["top"], own.get("paths")
+        own = (data.get("own") or {}).get("top")
+        top = own or data["top"]
         (ranks,) = {len(row) for row in top}
-        ok = len(top) > 1 and all(0 <= low <= high <= 1 for row in top for low, high in pairwise([0, *row]))
-        ok = ok and all(is_path(guess) and 0 <= share <= 1 for guess, share in paths or [])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        ok = False
-    if not ok:
-        raise BadInput(f"{path} does not hold the accuracies of heads: make it with evaluate.py")
-    joint = joint and paths is not None
-    text = "the backbone's own" if joint or own.get("top") else "the reference"
-    logger.info("chances: %s, on %s text", "counted for whole paths" if joint else "products of accuracies", text)
-    return from_counts(paths) if joint else independent(top), len(top) - 1, ranks
+        if len(top) < 2 or not all(0 <= low <= high <= 1 for row in top for low, high in pairwise([0, *row])):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} does not hold the accuracies of heads: make it with evaluate.py") from error
+    logger.info("accuracies of the heads: on %s text", "the backbone's own" if own else "the reference")
+    return independent(top), len(top) - 1, ranks
+
+
+def measured_lengths(path) -> dict[int, float]:
+    """nodes -> tokens per pass of the best trees, as evaluate.py measured them; empty if it had no text of its own."""
+    rows = (read_json(path).get("own") or {}).get("acceptance", [])
+    return {row["nodes"]: row["length"] for row in rows if row["tree"] == "best" and row["length"]}  # 0: no passes
 
 
 def read_step_times(path) -> dict[int, float]:
@@ -205,10 +183,8 @@ def read_step_times(path) -> dict[int, float]:
             rows = [(int(row["nodes"]), float(row["step_ms"])) for row in csv.DictReader(file)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise BadInput(f"cannot read {path} ({error}): it must be a CSV with columns nodes and step_ms") from error
-    if not rows or any(nodes < 0 or not 0 < ms < float("inf") for nodes, ms in rows):
-        raise BadInput(f"{path} must have rows, with nodes from 0 and step_ms above 0")
-    if len(dict(rows)) < len(rows):
-        raise BadInput(f"{path} has two rows with the same nodes: keep one time per tree size")
+    if not rows or len(dict(rows)) < len(rows) or any(nodes < 0 or not 0 < ms < float("inf") for nodes, ms in rows):
+        raise BadInput(f"{path} must have rows, with nodes from 0, each number once, and step_ms above 0")
     return dict(rows)
 
 
@@ -225,23 +201,20 @@ def main():
     size.add_argument("--nodes", type=int, help="the size of the tree; 32 is a start, the best one depends on the GPU")
     size.add_argument("--step_times", help="CSV with columns nodes and step_ms: take the size that decodes fastest")
     parser.add_argument("--output", help="write the tree there, as JSON")
-    parser.add_argument("--independent", action="store_true", help="the paper's model, even if paths were counted")
     args = parser.parse_args()
 
     if args.nodes is not None and args.nodes < 0:
         raise BadInput(f"--nodes {args.nodes}: a tree has 0 nodes or more")
-    chance, num_heads, ranks = load_chance(args.accuracies, joint=not args.independent)
+    chance, num_heads, ranks = load_chance(args.accuracies)
     if args.nodes is None:
-        nodes, choices, table = fastest(chance, num_heads, ranks, read_step_times(args.step_times))
+        step_ms, lengths = read_step_times(args.step_times), measured_lengths(args.accuracies)
+        nodes, choices, table = fastest(chance, num_heads, ranks, step_ms, lengths)
+        print(markdown(table) + "\n")
     else:
         nodes, choices = args.nodes, best_tree(chance, num_heads, ranks, args.nodes)
-        trees = {"chain": chain(num_heads)}
-        trees |= {f"best {n}": best_tree(chance, num_heads, ranks, n) for n in (4, 8, 16, 32, 64)}
-        table = [{"tree": k, "nodes": len(v), "length": expected_length(v, chance)} for k, v in trees.items()]
-    print(markdown(table) + "\n")
-    depths = Counter(map(len, choices))  # in order, as the paths are
+    depths = Counter(map(len, choices)).values()  # in order, as the paths are
     print(f"expected acceptance length: {expected_length(choices, chance):.3f} tokens per pass")
-    print(f"{len(choices)} nodes of at most {nodes}; per depth:", ", ".join(map(str, depths.values())) or "none")
+    print(f"{len(choices)} nodes of at most {nodes}; per depth:", ", ".join(map(str, depths)) or "none")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_choices(choices, args.output)

@@ -7,7 +7,8 @@
              per model, GPU and length
 --trace      decoding.gif: plain decoding on the left, with heads on the right; --slow_down F times as slow as it was
 
-The files are those of benchmark/decoding.py and benchmark/step_time.py.
+The files are those of benchmark/decoding.py and benchmark/step_time.py. Of several rows for one bar or point the last
+counts.
 """
 
 import argparse
@@ -57,14 +58,15 @@ def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def panels(count: int) -> tuple[plt.Figure, list[plt.Axes]]:
-    picture, axes = plt.subplots(
-        1, count, figsize=(max(6.4, 5.2 * count), 4.8), dpi=150, layout="constrained", squeeze=False
-    )
-    for one in axes[0]:
+def panels(count: int, stacked: bool = False) -> tuple[plt.Figure, list[plt.Axes]]:
+    """A picture of several, side by side or, wider, one below the other."""
+    size = (8, 4.4 * count) if stacked else (max(6.4, 5.2 * count), 4.8)
+    picture = plt.figure(figsize=size, dpi=150, layout="constrained")
+    axes = picture.subplots(*((count, 1) if stacked else (1, count)), squeeze=False).ravel()
+    for one in axes:
         one.grid(axis="y", alpha=0.3)
         one.set_axisbelow(True)
-    return picture, list(axes[0])
+    return picture, list(axes)
 
 
 def of_batch(batch_size: str) -> str:
@@ -83,12 +85,14 @@ def place(row: dict) -> tuple[bool, bool, int]:
 def decoding(rows: list[dict]) -> plt.Figure:
     """Bars of tokens/s by tree; on each how many times as fast as plain decoding, and the tokens per pass."""
     machines = grouped(rows, "machine", "dtype", "batch_size")
-    picture, all_axes = panels(len(machines))
+    names = list(dict.fromkeys(row["label"] for row in rows))
+    picture, all_axes = panels(len(machines), stacked=len(names) > 1)
     for axes, ((machine, dtype, batch_size), of_machine) in zip(all_axes, machines.items(), strict=True):
         ticks = list(dict.fromkeys(map(tree_name, sorted(of_machine, key=place))))
         labels = grouped(of_machine, "label")
         width = 0.84 / len(labels)
         for i, ((label,), mine) in enumerate(labels.items()):
+            mine = list({tree_name(row): row for row in mine}.values())
             at = [ticks.index(tree_name(row)) + (i - (len(labels) - 1) / 2) * width for row in mine]
             colors = [GREY if row["tree"] == "plain" and len(labels) == 1 else COLORS[i % len(COLORS)] for row in mine]
             bars = axes.bar(at, [float(row["tokens_per_s"]) for row in mine], width * 0.94, color=colors, label=label)
@@ -102,8 +106,7 @@ def decoding(rows: list[dict]) -> plt.Figure:
         if len(labels) > 1:
             axes.legend(frameon=False, fontsize=8, loc="upper left")
             axes.margins(y=0.3)  # and for the legend
-    names = dict.fromkeys(row["label"] for row in rows)
-    picture.suptitle("Greedy decoding" + (f", {next(iter(names))}" if len(names) == 1 else ""))
+    picture.suptitle("Greedy decoding" + (f", {names[0]}" if len(names) == 1 else ""))
     picture.supxlabel("on the bars: times as fast as plain decoding, and tokens per pass", fontsize=7.5)
     return picture
 
@@ -111,13 +114,13 @@ def decoding(rows: list[dict]) -> plt.Figure:
 def step_time(rows: list[dict]) -> plt.Figure | None:
     """The measured time of a pass over the stacked times of reading what it needs. On each point the break-even:
     tokens that a pass must yield to be worth it. None if no size has a time."""
-    groups = grouped([row for row in rows if row["step_ms"]], "model", "gpu", "length", "batch_size")
+    groups = grouped([row for row in rows if row["step_ms"]], "model", "gpu", "heads", "length", "batch_size")
     if not groups:
         return None
     picture, all_axes = panels(len(groups))
     highest = max(float(row["step_ms"]) for mine in groups.values() for row in mine)
-    for axes, ((model, gpu, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
-        mine = sorted(mine, key=lambda row: int(row["nodes"]))
+    for axes, ((model, gpu, heads, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
+        mine = [row for _, row in sorted({int(row["nodes"]): row for row in mine}.items())]
         nodes = [int(row["nodes"]) for row in mine]
         measured = [float(row["step_ms"]) for row in mine]
         reading = {
@@ -134,10 +137,10 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
                 side = "right" if close else "left" if n - nodes[i - 1] < nodes[-1] / 20 else "center"
                 near = {"xytext": (0, 6), "textcoords": "offset points", "ha": side, "fontsize": 7.5}
                 axes.annotate(f"{ms / measured[0]:.2f}", (n, ms), **near)
-        axes.margins(x=0.03)
+        axes.margins(x=0.06)
         axes.set(xlabel="guesses in the tree", ylabel="ms per pass", ylim=(0, highest * 1.15))
         model = {"llama3_8b": "LLaMA-3-8B shapes"}.get(model, model)
-        title = f"{model}, {mine[-1]['heads']} heads, {int(length):,} tokens so far{of_batch(batch_size)}\n{gpu}"
+        title = f"{model}, {heads} heads, {int(length):,} tokens so far{of_batch(batch_size)}\n{gpu}"
         axes.set_title(title, fontsize=10)
     handles, labels = all_axes[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
@@ -233,9 +236,8 @@ def fit(text: str, font, width: int) -> str:
 
 def animate(trace: dict, path: Path, slow_down: float) -> int:
     """Writes the GIF and returns the number of its frames."""
-    files = {
-        name: findfont(FontProperties(weight=name)) for name in ("normal", "bold")
-    }  # matplotlib's own DejaVu Sans
+    # matplotlib's own DejaVu Sans, which has more letters than Pillow's own font
+    files = {weight: findfont(FontProperties(weight=weight)) for weight in ("normal", "bold")}
     fonts = {"text": ImageFont.truetype(files["normal"], 14), "bold": ImageFont.truetype(files["bold"], 13)}
     for key in ("plain", "heads"):
         trace[key]["runs"] = runs(trace[key]["passes"], fonts["text"], (SIZE[0] - 3 * MARGIN) // 2)

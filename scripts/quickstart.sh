@@ -1,6 +1,7 @@
 #!/bin/sh
-# From nothing to trained Medusa heads: sets up, converts SmolLM2-135M-Instruct, trains 3 heads for some minutes on
-# conversations in its own words (data/quickstart.jsonl), and shows how often each head is right, before and after.
+# From nothing to decoding with Medusa heads: sets up, converts SmolLM2-135M-Instruct, trains 3 heads for some minutes
+# on conversations in its own words (data/quickstart.jsonl), shows how often each head is right, before and after, and
+# decodes one prompt plainly and with the heads, side by side.
 # Needs no GPU and no model hub; uses a GPU if there is one. Takes the variables of scripts/setup.sh, and:
 #   OUTPUT_DIR=out/quickstart   where the heads go (an earlier result there is replaced)
 #   MAX_STEPS=90                longer is better
@@ -18,11 +19,11 @@ if [ -z "$(nvidia-smi -L 2>/dev/null)" ] && ! grep -q -E 'avx512_bf16|amx_bf16' 
 fi
 
 if [ ! -d "$MODEL" ]; then
-    echo "== 1/3 converting SmolLM2-135M-Instruct"
+    echo "== 1/4 converting SmolLM2-135M-Instruct"
     "$PY" scripts/smollm2_from_gguf.py "$MODEL"
 fi
 
-echo "== 2/3 training 3 heads"
+echo "== 2/4 training 3 heads"
 if [ -f "$OUTPUT_DIR/train_command.txt" ]; then
     rm -rf "$OUTPUT_DIR" # an earlier quickstart's result, and nothing else
 fi
@@ -32,9 +33,14 @@ fi
     --warmup_steps 0.1 --max_steps "${MAX_STEPS:-90}" --per_device_train_batch_size 8 --bf16 "$BF16" \
     --logging_steps 10 --save_strategy no
 
-echo "== 3/3 how often each head is right on 50 conversations it never saw"
+echo "== 3/4 how often each head is right on 50 conversations it never saw"
 # shellcheck disable=SC2086
-"$PY" evaluate.py "$OUTPUT_DIR" $DATA --output_json "$OUTPUT_DIR/accuracy.json"
+"$PY" evaluate.py "$OUTPUT_DIR" $DATA --max_new_tokens 128 --batch_size 25
+
+echo "== 4/4 the same prompt, plainly and with the heads"
+DTYPE=bfloat16
+[ "$BF16" = True ] || DTYPE=float32
+"$PY" generate.py "$OUTPUT_DIR" --prompt "Why is the sky blue?" --compare --nodes 8 --max_new_tokens 100 --dtype "$DTYPE"
 cat <<EOF
 
 The heads are in $OUTPUT_DIR/medusa_lm_head.safetensors, their settings in config.json beside it.
@@ -42,5 +48,7 @@ Next: MAX_STEPS=500 bash scripts/quickstart.sh for better ones, or your own mode
     $PY distill.py --model_name_or_path YOUR_MODEL --prompts data/quickstart_prompts.txt --output chats.jsonl
     $PY train.py --model_name_or_path YOUR_MODEL --data_path chats.jsonl --output_dir out/heads \\
         --medusa_only_heads True --bf16 True --learning_rate 1e-3
+    $PY evaluate.py out/heads --data_path chats.jsonl
+    $PY generate.py out/heads --prompt "..." --compare
 LLaMA-3-8B: bash scripts/llama3_8b_medusa.sh
 EOF

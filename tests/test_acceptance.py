@@ -1,4 +1,4 @@
-"""acceptance.py: shares against naive counts, and tokens per pass against greedy decoding that really runs a model."""
+"""acceptance.py: tokens per pass against greedy decoding that really runs a model."""
 
 from functools import cache
 from itertools import product
@@ -8,10 +8,10 @@ import torch
 from conftest import make_backbone, randomise
 
 import evaluate
-from acceptance import NO_TOKEN, TOP, acceptance, acceptance_length, path_shares, right_path
+from acceptance import NO_TOKEN, TOP, acceptance, acceptance_length, right_path
 from batches import Collator
 from medusa_model import MedusaConfig, MedusaModel
-from medusa_tree import best_tree, chain, from_counts, independent
+from medusa_tree import best_tree, chain, expected_length, independent
 
 HEADS = 3
 TREES = {
@@ -52,35 +52,6 @@ def make_texts(count=20, rows=30):
 )
 def test_a_path_is_right_up_to_the_first_miss(ranks, path):
     assert right_path(ranks) == path
-
-
-def test_shares_equal_a_naive_count():
-    texts = make_texts()
-    rows = [row for text in texts for row in text]
-    naive = {}
-    for depth in (1, 2, 3):
-        for path in product(range(TOP), repeat=depth):
-            if hits := sum(row[:depth] == path for row in rows):
-                naive[path] = hits / len(rows)
-    shares = path_shares(texts, most=10**6)
-    assert dict(shares) == naive and len(shares) == len(naive) > 100
-    assert {len(path) for path in naive} == {1, 2, 3}
-
-
-def test_shares_fall_and_parents_come_first():
-    shares = path_shares(make_texts(count=200), most=300)
-    assert len(shares) == 300
-    seen = {(): 1.0}
-    for path, share in shares:
-        assert 0 < share <= seen[path[:-1]]
-        seen[path] = share
-    assert [share for _, share in shares] == sorted(seen.values(), reverse=True)[1:]
-    # of equally frequent ones too
-    assert path_shares([[(3, 1, 2), (0,)]]) == [((0,), 0.5), ((3,), 0.5), ((3, 1), 0.5), ((3, 1, 2), 0.5)]
-
-
-def test_of_no_text_there_are_no_shares():
-    assert path_shares([[], []]) == [] and acceptance_length(chain(HEADS), [[], []]) == 0
 
 
 def decode_naively(choices, prompt, following, best_ranks):
@@ -149,26 +120,25 @@ def test_a_text_ends_in_the_middle_of_a_pass():
     assert acceptance_length(chain(3), [sure, sure[-1:]]) == (5 + 1) / (2 + 1)
 
 
-def test_trees_are_chosen_on_one_text_and_measured_on_the_other():
-    choose, measure = make_texts(), make_texts(count=50)
+def test_of_no_text_there_is_no_length():
+    assert acceptance_length(chain(HEADS), [[], []]) == 0
+
+
+def test_trees_are_chosen_by_accuracies_and_measured_on_texts():
+    texts = make_texts()
     top = [[1.0] * TOP, *([0.3 + 0.05 * k + 0.05 * rank for rank in range(TOP)] for k in range(HEADS))]
-    found = acceptance(choose, top, measure)
-    chances = {"joint": from_counts(path_shares(choose)), "independent": independent(top)}
-    assert [(row["tree"], row["nodes"]) for row in found] == [
-        ("chain", HEADS),
-        *((name, nodes) for name in chances for nodes in (4, 8, 16, 32, 64)),
-    ]
-    for row in found:
-        name, nodes = row["tree"], row["nodes"]
-        tree = chain(HEADS) if name == "chain" else best_tree(chances[name], HEADS, TOP, nodes)
-        assert row["length"] == acceptance_length(tree, measure) > 1
-    assert acceptance(measure, top, choose) != found
+    found, chance = acceptance(top, texts), independent(top)
+    sizes = [("chain", HEADS), *(("best", nodes) for nodes in (4, 8, 16, 32, 63))]
+    assert [(row["tree"], row["nodes"]) for row in found] == sizes
+    for row, (name, nodes) in zip(found, sizes, strict=True):
+        tree = chain(HEADS) if name == "chain" else best_tree(chance, HEADS, TOP, nodes)
+        assert row["length"] == acceptance_length(tree, texts) > 1
+        assert row["expected"] == expected_length(tree, chance) != row["length"]
 
 
-def test_trees_end_where_no_more_paths_are_right():
-    text = [[(0,), (1, 0), (0, 2)]]
-    found = acceptance(text, [[1.0] * TOP, [0.6] * TOP, [0.4] * TOP], text)
-    assert [row["nodes"] for row in found if row["tree"] == "joint"] == [4]
-    text = [[(0,), (0,)]]
-    found = acceptance(text, [[1.0] * TOP, [0.6] * TOP, [0.4] * TOP], text)
-    assert [row["nodes"] for row in found if row["tree"] != "chain"] == [1, 2]
+def test_trees_end_where_no_more_paths_have_a_chance():
+    found = acceptance([[1.0] * TOP, [0.6] * TOP, [0.4] * TOP], [[(0,), (0,)]])
+    assert [(row["tree"], row["nodes"]) for row in found] == [("chain", 2), ("best", 2)]
+    flat = [0.0, 0.2] + [0.5] * (TOP - 2)  # two ranks a head
+    found = acceptance([flat, flat, flat], [[(0,), (0,)]])
+    assert [row["nodes"] for row in found if row["tree"] == "best"] == [4, 6]

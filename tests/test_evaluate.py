@@ -10,7 +10,7 @@ from conftest import make_backbone, make_conversations, make_tokenizer, randomis
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import evaluate
-from acceptance import NO_TOKEN, TOP, acceptance, path_shares, right_path
+from acceptance import NO_TOKEN, TOP, acceptance, right_path
 from batches import Collator
 from errors import BadInput
 from medusa_loss import IGNORE
@@ -153,15 +153,14 @@ def test_own_text_chooses_trees_on_one_half_and_measures_on_the_other(answered, 
     assert result["conversations"] == 11 and result["max_new_tokens"] == 99
     assert result["rows"] == [sum(row[k] != NO_TOKEN for table in tables for row in table) for k in range(HEADS + 1)]
     assert result["top"] == [pytest.approx(row) for row in shares(tables)]
-    assert result["paths"] == path_shares(texts)  # of all
-    want = acceptance(texts[:5], shares(tables[:5]), texts[5:])
-    assert result["acceptance"] == want != acceptance(texts[5:], shares(tables[5:]), texts[:5])
-    assert want != acceptance(texts, shares(tables), texts) and want[-1]["length"] > 1
+    want = acceptance(shares(tables[:5]), texts[5:])
+    assert result["acceptance"] == want != acceptance(shares(tables[5:]), texts[:5])
+    assert want != acceptance(shares(tables), texts) and want[-1]["length"] > 1
 
 
 def test_a_single_conversation_has_to_do_for_both(answered, monkeypatch):
     result, tables, texts = own(answered, monkeypatch, count=1)
-    assert result["acceptance"] == acceptance(texts, shares(tables), texts)
+    assert result["acceptance"] == acceptance(shares(tables), texts)
     assert result["acceptance"][-1]["length"] > 1
 
 
@@ -258,19 +257,18 @@ def test_own_text_is_what_the_backbone_says(heads_dir, data_file, monkeypatch, c
     result = json.loads((heads_dir / "accuracy.json").read_text())
     assert result.keys() == {"heads", "data_path", "rows", "top", "before", "own"}
     found = result["own"]
-    assert found.keys() == {"conversations", "max_new_tokens", "rows", "top", "paths", "acceptance"}
+    assert found.keys() == {"conversations", "max_new_tokens", "rows", "top", "acceptance"}
     assert found["conversations"] == 12
     assert found["rows"] == [sum(max(0, n - k) for n in tokens) for k in range(HEADS + 1)]
     assert found["top"][0][0] == 1  # the backbone's own words, greedily
-    first = [sum(share for path, share in found["paths"] if len(path) == 1 and path[0] < n) for n in range(1, TOP + 1)]
-    assert found["top"][1] == pytest.approx(first)
-    assert found["acceptance"][0] == {"tree": "chain", "nodes": HEADS, "length": found["acceptance"][0]["length"]}
+    assert [row["tree"] for row in found["acceptance"]] == ["chain"] + ["best"] * (len(found["acceptance"]) - 1)
+    assert found["acceptance"][0]["nodes"] == HEADS
     _, words, trees = cells(capsys.readouterr().out)
     for k, line in enumerate(words):
         top = found["top"][k]
         assert line == ["lm_head" if k == 0 else f"head {k}", str(found["rows"][k]), f"{top[0]:.3f}", f"{top[4]:.3f}"]
-    shown = [row for row in found["acceptance"] if row["tree"] != "independent"]
-    assert trees == [[row["tree"], str(row["nodes"]), f"{row['length']:.3f}"] for row in shown]
+    shown = [(row["tree"], row["nodes"], row["length"], row["expected"]) for row in found["acceptance"]]
+    assert trees == [[tree, str(n), f"{length:.3f}", f"{expected:.3f}"] for tree, n, length, expected in shown]
     assert (heads_dir / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert not list(heads_dir.glob("*.tmp"))
 

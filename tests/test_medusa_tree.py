@@ -10,7 +10,7 @@ import torch
 
 import medusa_tree
 from errors import BadInput
-from medusa_tree import best_tree, chain, check, expected_length, fastest, from_counts, independent, layout
+from medusa_tree import best_tree, chain, check, expected_length, fastest, independent, layout
 
 TOP = [  # [K+1][ranks]; head 2 is more often right with its third guess than with its second
     [1.0, 1.0, 1.0],
@@ -36,12 +36,12 @@ def random_top(rng, num_heads, ranks):
     return [[sum(row[: r + 1]) / sum(row) for r in range(ranks)] for row in parts]
 
 
-def random_counts(rng, num_heads, ranks):
-    """Joint chances that no product of accuracies gives: each path has a random share of its parent's."""
+def random_chance(rng, num_heads, ranks):
+    """Chances that no product of accuracies gives: each path has a random share of its parent's."""
     shares = {(): 1.0}
     for path in all_paths(num_heads, ranks):
         shares[path] = shares[path[:-1]] * rng.random()
-    return [[list(path), share] for path, share in shares.items() if path]
+    return shares.__getitem__
 
 
 def random_tree(rng, num_heads, ranks, nodes):
@@ -53,7 +53,7 @@ def random_tree(rng, num_heads, ranks, nodes):
     return check(tree[1:])
 
 
-@pytest.mark.parametrize("model", ["independent", "joint"])
+@pytest.mark.parametrize("model", ["independent", "any"])
 @pytest.mark.parametrize("num_heads, ranks", [(1, 5), (2, 3), (3, 2)])
 @pytest.mark.parametrize("seed", range(3))
 def test_no_tree_of_this_size_is_better(model, num_heads, ranks, seed):
@@ -61,10 +61,10 @@ def test_no_tree_of_this_size_is_better(model, num_heads, ranks, seed):
     if model == "independent":
         chance = independent(random_top(rng, num_heads, ranks))
     else:
-        chance = from_counts(random_counts(rng, num_heads, ranks))
+        chance = random_chance(rng, num_heads, ranks)
     for nodes in range(6):
         tree = best_tree(chance, num_heads, ranks, nodes)
-        assert len(tree) == nodes and check(tree, num_heads, ranks=ranks) == tree
+        assert len(tree) == nodes and check(tree, num_heads) == tree
         best = max(expected_length(other, chance) for other in all_trees(num_heads, ranks, nodes))
         assert expected_length(tree, chance) == pytest.approx(best, abs=1e-12)
 
@@ -74,8 +74,6 @@ def test_the_chances_are_those_of_the_model():
     assert chance((0,)) == 0.5
     assert chance((2, 1)) == pytest.approx(0.1 * 0.05)
     assert [chance(path) for path in ((3,), (0, 3), (0, 0, 0))] == [0, 0, 0]  # no such rank, no such head
-    counted = from_counts([[[0], 0.5], [[0, 1], 0.3]])
-    assert [counted(path) for path in ((0,), (0, 1), (1,))] == [0.5, 0.3, 0]
 
 
 def test_if_only_the_first_guess_is_ever_right_the_best_tree_is_the_chain():
@@ -133,6 +131,20 @@ def test_a_size_that_yields_no_more_is_not_faster():
     assert (nodes, tree) == (2, chain(2))
 
 
+def test_lengths_that_were_measured_count():
+    """Expected is 1.9 for the chain of two; measured, it yields less than plain decoding in the same time."""
+    chance = independent([[1.0], [0.6], [0.5]])
+    step_ms, lengths = {0: 10.0, 1: 11.0, 2: 14.0}, {2: 1.3, 8: 9.0}
+    assert fastest(chance, 2, 1, step_ms)[0] == 1
+    assert [row["length"] for row in fastest(chance, 2, 1, step_ms, {})[2]] == pytest.approx([1, 1.6, 1.9])
+    _, _, table = fastest(chance, 2, 1, step_ms, lengths)
+    assert [row["length"] for row in table] == pytest.approx([1, 1.6, 1.3])
+    assert fastest(chance, 2, 1, {0: 10.0, 2: 14.0})[0] == 2
+    assert fastest(chance, 2, 1, {0: 10.0, 2: 14.0}, lengths)[:2] == (0, [])
+    # asked for 8 nodes there are only two paths with a chance, and of such a tree the length was measured
+    assert fastest(chance, 2, 1, {8: 14.0}, lengths)[2][0]["length"] == 1.3
+
+
 def test_written_as_the_original_writes_it(tmp_path):
     file = tmp_path / "tree.json"
     file.write_text("[[0], [0, 0], [1], [0, 1], [0, 0, 0], [1, 0]]")
@@ -160,18 +172,17 @@ def test_written_as_the_original_writes_it(tmp_path):
         ([[0], [1, 0]], "the tree has the path [1, 0] without its parent [1]: add the parent"),
         ([[0], [0, 0, 0]], "the tree has the path [0, 0, 0] without its parent [0, 0]: add the parent"),
         (chain(4), "the tree has a path of depth 4 ([0, 0, 0, 0]), but there are 3 heads: leave it out"),
-        ([[0], [0, 5]], "the tree has the path [0, 5], but ranks end at 4: leave it out"),
     ],
 )
 def test_a_tree_that_is_none(choices, message):
     with pytest.raises(BadInput) as error:
-        check(choices, num_heads=3, ranks=5)
+        check(choices, num_heads=3)
     assert message in str(error.value)
 
 
 def test_what_is_just_allowed():
-    assert check([*chain(3), [4]], num_heads=3, ranks=5) == [(0,), (4,), (0, 0), (0, 0, 0)]
-    assert check([], num_heads=0, ranks=0) == []
+    assert check([*chain(3), [4]], num_heads=3) == [(0,), (4,), (0, 0), (0, 0, 0)]
+    assert check([], num_heads=0) == []
 
 
 def test_a_tree_file_that_is_none(tmp_path):
@@ -209,26 +220,32 @@ def test_layout_of_plain_decoding_is_the_root():
 
 
 OWN_TOP = [[1.0, 1.0, 1.0], [0.6, 0.75, 0.8], [0.3, 0.4, 0.5]]
-PATHS = [[[0], 0.6], [[1], 0.15], [[2], 0.05], [[0, 0], 0.29], [[0, 2], 0.11], [[1, 2], 0.1]]
+ACCEPTANCE = [
+    {"tree": "chain", "nodes": 2, "length": 1.7, "expected": 1.78},
+    {"tree": "best", "nodes": 4, "length": 1.75, "expected": 1.99},
+    {"tree": "best", "nodes": 12, "length": 2.1, "expected": 2.2},
+]
 
 
 @pytest.mark.parametrize(
-    "more, joint, want",
-    [
-        ({"own": {"top": OWN_TOP, "paths": PATHS}}, True, 0.11),
-        ({"own": {"top": OWN_TOP, "paths": PATHS}}, False, 0.6 * 0.1),
-        ({"own": {"top": OWN_TOP}}, True, 0.6 * 0.1),
-        ({}, True, 0.5 * 0.15),
-        ({"own": None}, True, 0.5 * 0.15),
-        ({"own": {"paths": []}}, True, 0),  # counted, and nothing was right
-    ],
+    "more, want",
+    [({"own": {"top": OWN_TOP}}, 0.6 * 0.1), ({}, 0.5 * 0.15), ({"own": None}, 0.5 * 0.15), ({"own": {}}, 0.5 * 0.15)],
 )
-def test_which_chances_are_read(tmp_path, more, joint, want):
+def test_which_accuracies_are_read(tmp_path, more, want):
     file = tmp_path / "accuracy.json"
     file.write_text(json.dumps({"heads": "out/heads", "rows": [9, 9, 9], "top": TOP, "before": TOP} | more))
-    chance, num_heads, ranks = medusa_tree.load_chance(file, joint=joint)
+    chance, num_heads, ranks = medusa_tree.load_chance(file)
     assert chance((0, 2)) == pytest.approx(want)
     assert (num_heads, ranks) == (2, 3)
+    assert medusa_tree.measured_lengths(file) == {}
+
+
+def test_which_lengths_are_read(tmp_path):
+    """Of the best trees alone; 0 stands where there was no pass to measure."""
+    file = tmp_path / "accuracy.json"
+    rows = [*ACCEPTANCE, {"tree": "best", "nodes": 63, "length": 0, "expected": 2.3}]
+    file.write_text(json.dumps({"top": TOP, "own": {"top": OWN_TOP, "acceptance": rows}}))
+    assert medusa_tree.measured_lengths(file) == {4: 1.75, 12: 2.1}
 
 
 @pytest.mark.parametrize(
@@ -243,10 +260,8 @@ def test_which_chances_are_read(tmp_path, more, joint, want):
         {"top": [[0.5, 0.6], [0.5, float("nan")]]},
         {"top": [[0.5, 0.6], [0.5, 0.4]]},  # not cumulative
         {"top": [[0.5, 0.6], [0.5, "0.6"]]},
-        {"top": TOP, "own": {"paths": [[0], [1]]}},
-        {"top": TOP, "own": {"paths": [[["0"], 0.5]]}},
-        {"top": TOP, "own": {"paths": [[[0], 1.5]]}},
-        {"top": TOP, "own": {"paths": 3}},
+        {"top": TOP, "own": {"top": [[0.5, 0.6], [0.5]]}},
+        {"top": TOP, "own": [3]},
     ],
 )
 def test_a_file_without_accuracies(tmp_path, data):
@@ -260,7 +275,7 @@ def test_a_file_without_accuracies(tmp_path, data):
     "text, message",
     [
         ("", "must have rows"),
-        ("nodes,step_ms\n", "must have rows, with nodes from 0 and step_ms above 0"),
+        ("nodes,step_ms\n", "must have rows, with nodes from 0, each number once, and step_ms above 0"),
         ("nodes,ms\n0,10\n", r"\('step_ms'\): it must be a CSV with columns nodes and step_ms"),
         ("nodes,step_ms\n0,fast\n", r"could not convert .* it must be a CSV with columns nodes and step_ms"),
         ("nodes,step_ms\n0\n", "it must be a CSV with columns nodes and step_ms"),
@@ -268,7 +283,7 @@ def test_a_file_without_accuracies(tmp_path, data):
         ("nodes,step_ms\n0,nan\n", "step_ms above 0"),
         ("nodes,step_ms\n0,inf\n", "step_ms above 0"),
         ("nodes,step_ms\n-1,5\n", "nodes from 0"),
-        ("nodes,step_ms\n4,5\n4,6\n", "two rows with the same nodes: keep one time per tree size"),
+        ("nodes,step_ms\n4,5\n4,6\n", "each number once"),
     ],
 )
 def test_step_times_that_are_none(tmp_path, text, message):
@@ -284,7 +299,7 @@ def test_step_times_that_are_none(tmp_path, text, message):
 def run(tmp_path, monkeypatch, capsys):
     """Runs the script on a file of figures -> (what it prints, the tree it writes)."""
     figures, output = tmp_path / "accuracy.json", tmp_path / "trees" / "tree.json"
-    figures.write_text(json.dumps({"top": TOP, "own": {"top": OWN_TOP, "paths": PATHS}}))
+    figures.write_text(json.dumps({"top": TOP, "own": {"top": OWN_TOP, "acceptance": ACCEPTANCE}}))
 
     def run(*flags, figures=figures):
         argv = ["medusa_tree.py", figures, *flags, "--output", output]
@@ -298,35 +313,28 @@ def run(tmp_path, monkeypatch, capsys):
 def test_main_finds_prints_and_writes_a_tree(run):
     out, tree = run("--nodes", 3)
     assert tree == [[0], [1], [0, 0]]
-    assert "expected acceptance length: 2.040 tokens per pass" in out
+    assert f"expected acceptance length: {1 + 0.6 + 0.15 + 0.18:.3f} tokens per pass\n" in out
     assert "3 nodes of at most 3; per depth: 2, 1\n" in out
-    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["tree", "nodes", "length"]
-    assert rows[2:4] == [["chain", "2", "1.890"], ["best 4", "4", "2.150"]]
-    assert [row[:2] for row in rows[4:]] == [[f"best {n}", "6"] for n in (8, 16, 32, 64)]  # no more were right
 
 
 def test_main_says_when_the_tree_is_smaller(run):
     out, tree = run("--nodes", 32)
-    assert sorted(tree) == sorted(path for path, _ in PATHS)
-    assert "6 nodes of at most 32; per depth: 3, 3\n" in out
+    assert tree == [list(path) for path in all_paths(2, 3)]
+    assert "12 nodes of at most 32; per depth: 3, 9\n" in out
 
 
-def test_main_from_the_accuracies_alone(run):
-    out, tree = run("--nodes", 3, "--independent")
-    assert tree == [[0], [1], [0, 0]]
-    assert f"expected acceptance length: {1 + 0.6 + 0.15 + 0.18:.3f}" in out
-
-
-@pytest.mark.parametrize("tree_ms, want", [("12.5", [[0], [0, 0]]), ("20", [])])
+@pytest.mark.parametrize("tree_ms, want", [(12.5, [[0], [1], [0, 0], [0, 1]]), (20, [])])
 def test_main_finds_the_fastest(run, tmp_path, tree_ms, want):
+    """With the lengths that were measured, where they were."""
     times = tmp_path / "times.csv"
-    times.write_text(f"gpu,nodes,step_ms\nx,0,10\nx,2,{tree_ms}\nx,6,40\n")
+    times.write_text(f"gpu,nodes,step_ms\nx,0,10\nx,2,40\nx,4,{tree_ms}\n")
     out, tree = run("--step_times", times)
-    assert tree == want
-    assert "| nodes | step_ms | length | tokens_per_s |" in out
-    assert "| 0 | 10.000 | 1.000 | 100.000 |" in out
-    assert f"| 2 | {float(tree_ms):.3f} | 1.890 | {1890 / float(tree_ms):.3f} |" in out
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert lines[0] == ["nodes", "step_ms", "length", "tokens_per_s"]
+    assert lines[2] == ["0", "10.000", "1.000", "100.000"]
+    assert lines[3][:3] == ["2", "40.000", f"{1 + 0.6 + 0.18:.3f}"]  # was not measured
+    assert lines[4] == ["4", f"{tree_ms:.3f}", "1.750", f"{1750 / tree_ms:.3f}"]
+    assert sorted(tree) == sorted(want)
     assert ("per depth: none" in out) == (want == [])
 
 

@@ -1,0 +1,192 @@
+"""generate.py: what it prints is what was decoded, its flags change something, and bad input gets one sentence."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_backbone, make_tokenizer, randomise
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import generate
+from errors import BadInput
+from medusa_checkpoint import HEADS_FILE
+from medusa_model import MedusaConfig, MedusaModel
+from prompts import tokenise
+
+HEADS = 3
+PROMPTS = ["why is the moon cold", "how", "salt water and bread"]
+
+
+@pytest.fixture(params=["stage1", "stage2"])
+def heads_dir(request, model_dir, tmp_path):
+    """What train.py leaves behind."""
+    model = MedusaModel.from_backbone(
+        AutoModelForCausalLM.from_pretrained(model_dir), MedusaConfig(medusa_num_heads=HEADS)
+    )
+    randomise(model.medusa_heads, 0.05)
+    model.backbone.generation_config.eos_token_id = make_tokenizer("llama3").eos_token_id
+    if request.param == "stage1":
+        model.freeze_backbone()
+        model.backbone.save_pretrained(model_dir)
+    directory = tmp_path / request.param
+    model.save_pretrained(directory)
+    make_tokenizer("llama3").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def stage1(tmp_path, model_dir):
+    """Stage 1 alone, for what does not depend on the stage."""
+    return heads_dir.__wrapped__(SimpleNamespace(param="stage1"), model_dir, tmp_path)
+
+
+def run(monkeypatch, *argv) -> dict:
+    figures = argv[0].parent / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, argv), "--output_json", str(figures)])
+    generate.main()
+    return json.loads(figures.read_text())
+
+
+def greedy(directory, prompt, max_new_tokens) -> str:
+    """What transformers decodes with the backbone."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    backbone = MedusaModel.from_pretrained(directory).backbone
+    ids = torch.tensor(tokenise([[{"role": "user", "content": prompt}]], tokenizer))
+    out = backbone.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def write_accuracies(directory, share=0.9):
+    """As evaluate.py leaves them: each head's best guess is nearly always right."""
+    top = [[share + 0.01 * rank for rank in range(10)] for _ in range(HEADS + 1)]
+    (directory / "accuracy.json").write_text(json.dumps({"top": top}))
+
+
+def test_the_text_is_the_backbone_s(heads_dir, monkeypatch, capsys):
+    tree = heads_dir.parent / "tree.json"
+    tree.write_text("[[0], [1], [0, 0], [1, 0], [0, 0, 0]]")
+    flags = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    want = [greedy(heads_dir, prompt, 12) for prompt in PROMPTS]
+    streamed = run(monkeypatch, heads_dir, *flags, "--max_new_tokens", 12, "--tree", tree)
+    printed = capsys.readouterr().out
+    for text in want:
+        assert text in printed
+    together = run(monkeypatch, heads_dir, *flags, "--max_new_tokens", 12, "--tree", tree, "--batch_size", 2)
+    assert streamed["answers"] == together["answers"] == want
+    assert streamed["tree"] == [[0], [1], [0, 0], [1, 0], [0, 0, 0]]
+    assert streamed["heads"]["tokens"] == together["heads"]["tokens"] > 0
+    assert streamed["heads"]["tokens_per_pass"] == together["heads"]["tokens_per_pass"] >= 1
+
+
+def test_compare_shows_both(stage1, monkeypatch, capsys):
+    write_accuracies(stage1)
+    result = run(monkeypatch, stage1, "--prompt", PROMPTS[0], "--max_new_tokens", 12, "--nodes", 6, "--compare")
+    assert result["identical"] == 1
+    assert result["plain"]["tokens_per_pass"] == 1
+    assert result["speed_up"] == pytest.approx(result["heads"]["tokens_per_s"] / result["plain"]["tokens_per_s"])
+    printed = capsys.readouterr().out
+    assert "identical texts: 1 of 1" in printed
+    assert f"speed-up: {result['speed_up']:.2f}" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 4
+    assert f"{HEADS} heads, tree of 6" in printed or "heads, tree of 6" in printed
+    assert len(result["tree"]) == 6
+
+
+def test_nodes_and_what_is_chosen_without(stage1, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    asked = ("--prompt", PROMPTS[0], "--max_new_tokens", 4)
+    assert run(monkeypatch, stage1, *asked)["tree"] == [[0], [0, 0], [0, 0, 0]]
+    assert "a chain of 3 guesses instead of a tree (run evaluate.py first)" in caplog.text
+    write_accuracies(stage1)
+    assert len(run(monkeypatch, stage1, *asked, "--nodes", 5)["tree"]) == 5
+    assert run(monkeypatch, stage1, *asked, "--nodes", 0)["tree"] == []
+    # Where reading weights is all, the largest tree; where every token costs, a small one; where it costs more: none.
+    for per_token, nodes in ((0.0, 63), (5.0, 4), (20.0, 0)):
+        monkeypatch.setattr(
+            generate.Decoder, "step_ms", lambda self, prompt, passes, cost=per_token: 10 + cost * self.nodes
+        )
+        assert len(run(monkeypatch, stage1, *asked)["tree"]) == nodes
+    assert "no tree: the heads do not pay here" in caplog.text
+
+
+def test_sampling_follows_the_seed(stage1, monkeypatch):
+    write_accuracies(stage1)
+    asked = ("--prompt", PROMPTS[0], "--max_new_tokens", 20, "--nodes", 6, "--temperature", 1)
+    answers = {
+        name: run(monkeypatch, stage1, *asked, *more)["answers"]
+        for name, more in {
+            "0": ("--seed", 0), "0 again": ("--seed", 0), "1": ("--seed", 1),
+            "typical": ("--acceptance", "typical"),
+            "narrow": ("--acceptance", "typical", "--epsilon", 0.9, "--delta", 1),
+            "strict": ("--acceptance", "typical", "--epsilon", 0.9, "--delta", 0.5),
+        }.items()
+    }  # fmt: skip
+    assert answers["0"] == answers["0 again"]
+    assert len({tuple(answers[name]) for name in ("0", "1", "typical", "narrow", "strict")}) >= 4
+
+
+def test_prompts_from_a_file(stage1, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 3, "--nodes", 0)
+    assert len(run(monkeypatch, stage1, *asked)["answers"]) == 3
+    assert len(run(monkeypatch, stage1, *asked, "--limit", 2)["answers"]) == 2
+
+
+def test_pieces_come_with_the_pass_that_completes_them():
+    tokenizer = make_tokenizer("llama3")
+    ids = tokenizer("the moon 🌕 rises", add_special_tokens=False)["input_ids"]
+    lengths = [1] * (len(ids) - 1)
+    assert generate.pieces_of(ids, lengths, tokenizer, "") == "the moon 🌕 rises"
+    assert "\ufffd" not in generate.pieces_of(ids, lengths, tokenizer, "|")
+    assert generate.pieces_of(ids, [len(ids) - 1], tokenizer, "|").count("|") == 1
+
+
+def test_two_columns():
+    lines = generate.side_by_side("one two three\n\nfour", "a", 23).splitlines()
+    assert lines == ["one two    | a", "three      |", "           |", "four       |"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to decode"),
+        (["--prompt", "a " * 300], "tokens, but the context of the backbone has 256"),
+        (["--prompt", "a", "--tree", "deep.json"], "there are 3 heads"),
+        (["--prompt", "a", "--tree", "missing.json"], "missing.json"),
+        (["--prompt", "a", "--batch_size", "0"], "must be 1 or more"),
+        (["--prompt", "a", "--nodes", "-1"], "0 or more"),
+        (["--prompt", "a", "--acceptance", "typical"], "needs a --temperature"),
+        (["--prompt", "a", "--acceptance", "typical", "--temperature", "1", "--delta", "2"], "--delta up to 1"),
+        (["--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
+    ],
+)
+def test_bad_flags(flags, message, stage1, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep.json").write_text("[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]")
+    with pytest.raises(BadInput, match=message):
+        run(monkeypatch, stage1, *flags)
+
+
+def test_heads_that_cannot_be_used(stage1, model_dir, monkeypatch, tmp_path):
+    asked = ("--prompt", "a", "--max_new_tokens", 2, "--nodes", 0)
+    with pytest.raises(BadInput, match="there are no Medusa heads in"):
+        run(monkeypatch, tmp_path / "backbone", *asked)
+    make_backbone(vocab_size=330).save_pretrained(tmp_path / "other")
+    with pytest.raises(BadInput, match=r"made for vocab_size 320, but the backbone .*other has 330"):
+        run(monkeypatch, stage1, *asked, "--base_model", tmp_path / "other")
+    make_backbone(hidden_size=64).save_pretrained(tmp_path / "wide")
+    with pytest.raises(BadInput, match=r"made for hidden_size 32, but the backbone .*wide has 64"):
+        run(monkeypatch, stage1, *asked, "--base_model", tmp_path / "wide")
+    write_accuracies(stage1)
+    figures = json.loads((stage1 / "accuracy.json").read_text())
+    (stage1 / "accuracy.json").write_text(json.dumps({"top": figures["top"][:2]}))
+    with pytest.raises(BadInput, match=r"is of 1 heads, but there are 3: run evaluate.py again"):
+        run(monkeypatch, stage1, "--prompt", "a", "--nodes", 2)
+    tensors = load_file(stage1 / HEADS_FILE)
+    tensors["1.0.linear.bias"][3] = torch.nan
+    save_file(tensors, stage1 / HEADS_FILE)
+    with pytest.raises(BadInput, match=r"1\.0\.linear\.bias holds NaN"):
+        run(monkeypatch, stage1, *asked)
