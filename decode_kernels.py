@@ -1,9 +1,7 @@
-"""Triton kernels for decoding, where a pass has few rows and takes as long as reading the weights and the cache.
+"""Triton kernels for the attention of a pass, which has few rows and takes as long as reading weights and cache.
 
 `tree_attention` is the attention of a pass over a tree of guesses, one kernel (and a small one) instead of nine.
-`OneRowLinear` multiplies one row: the weights of an 8 B model in bf16 are 15 GB, 5.0 ms at the 3.0 TB/s of an H100,
-and cuBLAS takes 6.0 ms, this 5.5. With more rows cuBLAS is as fast as any tile tried, so it does those.
-`write` puts a pass's keys and values into the cache.
+`write` puts a pass's keys and values into the cache. The products are in decode_products.py.
 
 Forward only. Grids and splits follow from the shapes of the arguments, never from values on the device, so that a CUDA
 graph can hold them.
@@ -15,13 +13,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import nn
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # where tl.dot takes bf16 for integers
 
 
 @triton.jit
-def _dot(a, b, total):
+def dot(a, b, total):
     """a @ b + total. Numbers of fp32 are not rounded to the 10 bits of tf32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -36,19 +33,22 @@ class AttentionConfig(NamedTuple):
     stages: int
 
 
-def attention_config(programs: int, rows: int, places: int, key: torch.Tensor, processors: int) -> AttentionConfig:
-    """programs: batch x key heads; rows: that share their keys; places: in the cache; key `[D]`: one of them.
+def attention_config(
+    programs: int, rows: int, places: int, key: torch.Tensor, processors: int, shared: int
+) -> AttentionConfig:
+    """programs: batch x key heads; rows: that share their keys; places: in the cache; key `[D]`: one of them; shared:
+    bytes of a multiprocessor's memory.
 
-    The best of those tried on an H100 with D = 128, 512 and 8,000 tokens in the cache, and 1, 17 and 64 nodes: small
+    The best of those tried on an H100 with D = 64 and 128, 400 to 7,800 tokens in the cache, and 1 to 64 nodes: small
     blocks, unless so many rows share long keys that reading them again for each block would cost more.
     """
-    if rows <= 16 or (rows <= 128 and places <= 2048) or key.dtype == torch.float32:
-        block, keys, warps, stages, resident = 16, 2**13 // key.nbytes, 4, 3, 2  # 8 KB: three stages of both are 48 KB
-    else:
-        block, keys, warps, stages, resident = 64, 2**15 // key.nbytes, 8, 2, 1  # 32 KB: two stages of both are 128 KB
-    keys = max(16, min(128, keys))
+    block, keys, warps, stages = 16, min(len(key), 2**15 // key.nbytes), 4, 3
+    if rows > 64 and places * key.nbytes > 2**20 and key.dtype.itemsize == 2:
+        block, warps, stages = 128, 8, 2
+    while keys > 16 and (stages * 2 * keys + block) * key.nbytes > shared:
+        stages, keys = 2, keys if stages > 2 else keys // 2
     programs *= triton.cdiv(rows, block)
-    splits = max(1, min(resident * processors // programs, triton.cdiv(places, keys)))  # each multiprocessor has some
+    splits = max(1, min(processors // programs, triton.cdiv(places, keys), 16))  # each multiprocessor has one
     return AttentionConfig(block, keys, splits, warps, stages)
 
 
@@ -83,7 +83,7 @@ def _attend(
         place = start + tl.arange(0, KEYS)
         there = place < end
         k = tl.load(k_ptr + place[:, None] * k_s + d[None, :], mask=there[:, None], other=0.0)
-        scores = _dot(q, tl.trans(k), None) * scaling
+        scores = dot(q, tl.trans(k), None) * scaling
         if SOFTCAP is not None:  # tanh(x) = 2 sigmoid(2 x) - 1
             scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)
         scores *= 1.4426950408889634  # log2(e): exp2 is one instruction
@@ -102,7 +102,7 @@ def _attend(
         decay = tl.exp2(best - shift)
         scores = tl.exp2(scores - shift[:, None])
         v = tl.load(v_ptr + place[:, None] * v_s + d[None, :], mask=there[:, None], other=0.0)
-        out = _dot(scores.to(v.dtype), v, out * decay[:, None])
+        out = dot(scores.to(v.dtype), v, out * decay[:, None])
         total = total * decay + tl.sum(scores, 1)
         best = better
 
@@ -145,8 +145,10 @@ def tree_attention(
         raise ValueError(f"tree_attention: heads of {size}, not of a power of two from 16 on")
     groups = heads // kv_heads
     if config is None:
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 4
-        config = attention_config(batch * kv_heads, groups * nodes, places, keys[0, 0, 0], processors)
+        chip = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
+        # Of a multiprocessor's memory 1 KB is the driver's.
+        limits = (chip.multi_processor_count, chip.shared_memory_per_multiprocessor - 1024) if chip else (4, 2**17)
+        config = attention_config(batch * kv_heads, groups * nodes, places, keys[0, 0, 0], *limits)
     out = query.new_empty(batch, nodes, heads, size)
     partial, lse = out, None
     if config.splits > 1:
@@ -162,43 +164,6 @@ def tree_attention(
         padded = triton.next_power_of_2(config.splits)
         _combine[(batch * nodes * heads,)](partial, lse, out, config.splits, SIZE=size, SPLITS=padded)
     return out
-
-
-@triton.jit
-def _one_row(
-    x_ptr, w_ptr, bias_ptr, out_ptr, N, K, w_n, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr
-):
-    """Program: BLOCK_N outputs of one row. Each thread adds up its own inputs, all of them together at the end."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_ptr += n.to(tl.int64)[:, None] * w_n
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        # A weight is read once: it should not push x out of the cache.
-        w = tl.load(
-            w_ptr + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first"
-        )
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        total += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    out = tl.sum(total, 1)
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, out, mask=n < N)
-
-
-class OneRowLinear(nn.Linear):
-    """`nn.Linear`, `[..., K]` -> `[..., N]`; one row of bf16 without gradients takes the kernel. Put into a model by
-    changing its layers' class: weights and names stay."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() != self.in_features or x.dtype != self.weight.dtype or torch.is_grad_enabled():
-            return super().forward(x)
-        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], self.out_features)
-        _one_row[(triton.cdiv(self.out_features, 4),)](
-            x, self.weight, self.bias, out, self.out_features, self.in_features, self.weight.stride(0),
-            BLOCK_N=4, BLOCK_K=1024, STAGES=3, num_warps=4,
-        )  # fmt: skip
-        return out
 
 
 @triton.jit(do_not_specialize=["nodes"])

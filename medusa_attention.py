@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from decode_kernels import OneRowLinear, tree_attention, write
+from decode_kernels import tree_attention, write
+from decode_products import FewRowsLinear, Products
 from medusa_model import MedusaModel, cap
 
 ATTENTION = "medusa_tree"
@@ -47,20 +48,22 @@ AttentionInterface.register(ATTENTION, attend)
 
 
 @contextmanager
-def decoding(model: MedusaModel):
-    """Puts `attend`, which knows nothing of padding masks, into the backbone, and on a GPU `OneRowLinear` into the
-    model; takes them out again."""
+def decoding(model: MedusaModel, products: list[Products]):
+    """Puts `attend`, which knows nothing of padding masks, and the products of `sharing` into the backbone, and takes
+    them out again."""
     attention = model.backbone.config._attn_implementation
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear] if model.lm_head.weight.is_cuda else []
     model.backbone.set_attn_implementation(ATTENTION)
-    for layer in layers:
-        layer.__class__ = OneRowLinear
+    for together in products:
+        for layer in together.layers:
+            layer.__class__, layer.products = FewRowsLinear, together
     try:
         yield
     finally:
         model.backbone.set_attn_implementation(attention)
-        for layer in layers:
-            layer.__class__ = nn.Linear
+        for together in products:
+            for layer in together.layers:
+                layer.__class__ = nn.Linear
+                del layer.products
 
 
 class TreeCache(Cache):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from decode_products import AllHeads, sharing
 from errors import BadInput
 from medusa_attention import TreeCache, decoding
 from medusa_model import MedusaModel, cap
@@ -73,8 +74,12 @@ class Decoder:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernels = device.type == "cuda" and size >= 16 and size & (size - 1) == 0  # what `tree_attention` can do
         self.cache = TreeCache(config.num_hidden_layers, places, self.kernels)
+        heads = self.heads = model.medusa_heads[: self.most - 1]  # those that the tree uses
+        self.products, self.all_heads = [], None
         if device.type == "cuda":
             model.choose_kernels(use_liger=True, device=device)  # norms, RoPE and SwiGLU are a kernel each
+            self.products = sharing(model.backbone)
+            self.all_heads = AllHeads(heads) if batch_size == 1 and len(heads) else None
         self.places = torch.arange(places, device=device)
         # What a pass reads and leaves: fixed memory, so that a CUDA graph can replay it.
         self.tokens = torch.zeros(batch_size, self.nodes, dtype=torch.int64, device=device)  # root and guesses
@@ -115,8 +120,10 @@ class Decoder:
     def guess(self, hidden: torch.Tensor):
         """Fills the tree from the heads' best tokens at hidden `[B, H]`, where the root was chosen."""
         if self.ranks:
-            heads = self.model.medusa_heads[: self.most - 1]  # those that the tree uses
-            best = torch.stack([head(hidden) for head in heads], 1).topk(self.ranks).indices  # [B, heads, ranks]
+            logits = (
+                self.all_heads(hidden) if self.all_heads else torch.stack([head(hidden) for head in self.heads], 1)
+            )
+            best = logits.topk(self.ranks).indices  # [B, heads, ranks]
             self.tokens[:, 1:] = best[:, self.tree.depth[1:] - 1, self.tree.rank[1:]]
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -235,7 +242,7 @@ class Decoder:
             room[row] = 0 if end else room[row] - len(tokens)
             return tokens[:end]
 
-        with decoding(self.model):
+        with decoding(self.model, self.products):
             first = self.prefill(prompts)
             if self.use_graph and self.graph is None:
                 self.capture()
@@ -251,7 +258,7 @@ class Decoder:
     @torch.inference_mode()
     def step_ms(self, prompt: list[int], passes: int) -> float:
         """Mean time of one pass in ms, with the prompt in the cache of every row."""
-        with decoding(self.model):
+        with decoding(self.model, self.products):
             self.prefill([prompt] * len(self.tokens))
             if self.use_graph and self.graph is None:
                 self.capture()

@@ -14,8 +14,9 @@ heads_gb, heads_floor_ms: the same of the heads that the tree uses, as many as i
 the prompt, read too: 2 x 32 layers x 8 heads x 128 x 2 bytes = 131 kB a token, so 0.07 GB of 512 tokens and 1.04 of
 7,936. A size that fails leaves a row with `error` instead of a time.
 
-The trees are the best for the accuracies that the original published for Vicuna. `medusa_tree.py --step_times` reads a
-CSV with one length.
+The trees are the best for the accuracies that the original published for Vicuna. With several --heads there are trees
+of each number; where fewer heads have fewer paths than --nodes, the tree of them all is taken. `medusa_tree.py
+--step_times` reads a CSV with one length and one number of heads.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def measure(model: MedusaModel, choices: Choices, prompt: list[int], batch_size:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama3_8b", help="shapes; tiny: to try the script itself")
-    parser.add_argument("--heads", type=int, choices=range(1, len(TOP1) + 1), default=5)
+    parser.add_argument("--heads", type=int, nargs="+", choices=range(1, len(TOP1) + 1), default=[5])
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 1, 15, 16, 31, 32, 63, 64], help="0 is always run")
     parser.add_argument("--length", type=int, nargs="+", default=[512], help="of the prompt in the cache, in tokens")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once")
@@ -114,25 +115,26 @@ def main():
         parser.error("--length, --batch_size and --passes must be 1 or more")
     if min(options.nodes) < 0:
         parser.error("--nodes must be 0 or more")
-    trees = {nodes: tree(options.heads, nodes) for nodes in sorted({0, *options.nodes})}
-    for nodes, choices in trees.items():
-        if len(choices) < nodes:
-            parser.error(
-                f"--nodes {nodes}: trees of {options.heads} heads and {RANKS} ranks have {len(choices)} nodes"
-            )
+    most, sizes = max(options.heads), sorted({0, *options.nodes})
+    if len(tree(most, sizes[-1])) < sizes[-1]:
+        room = len(tree(most, sizes[-1]))
+        parser.error(f"--nodes {sizes[-1]}: trees of {most} heads and {RANKS} ranks have {room} nodes")
+    trees = {(most, 0): []}
+    for heads in sorted(set(options.heads), reverse=True):
+        trees |= {(heads, len(tree(heads, nodes))): tree(heads, nodes) for nodes in sizes[1:]}
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = options.passes or (50 if device.type == "cuda" else 3)
     origin, speed = common.origin(), bandwidth(device)
     torch.cuda.empty_cache()  # a copy's 2 GiB
-    model = common.random_model(MODELS[options.model], options.heads, 1, torch.bfloat16, device)
+    model = common.random_model(MODELS[options.model], most, 1, torch.bfloat16, device)
     weights = weight_bytes(model)
     failed = 0
     for length in options.length:
         (row,) = common.random_rows(MODELS[options.model], length, 1)
         plain = None
-        for nodes, choices in trees.items():
-            ms, error, heads = None, "", heads_bytes(model, choices)
+        for (heads, nodes), choices in trees.items():
+            ms, error, read = None, "", heads_bytes(model, choices)
             try:
                 ms = measure(model, choices, row["input_ids"], options.batch_size, passes)
             except Exception as problem:  # one size must not cost the others
@@ -145,7 +147,7 @@ def main():
                 "date": date.today().isoformat(),
                 "commit": origin["commit"],
                 "model": options.model,
-                "heads": options.heads,
+                "heads": heads,
                 "nodes": nodes,
                 "length": length,
                 "batch_size": options.batch_size,
@@ -153,15 +155,15 @@ def main():
                 "plain_ms": f"{plain:.4f}" if plain else "",
                 "ratio_to_plain": f"{ms / plain:.4f}" if ms and plain else "",
                 "floor_ms": f"{weights / speed * 1e3:.4f}",
-                "heads_floor_ms": f"{heads / speed * 1e3:.4f}",
+                "heads_floor_ms": f"{read / speed * 1e3:.4f}",
                 "bandwidth_tb_s": f"{speed / 1e12:.4f}",
                 "weight_gb": f"{weights / 1e9:.6f}",
-                "heads_gb": f"{heads / 1e9:.6f}",
+                "heads_gb": f"{read / 1e9:.6f}",
                 "cache_gb": f"{cache_bytes(model, length, options.batch_size) / 1e9:.6f}",
                 "error": error,
             }
             common.append(options.out, figures | {key: origin[key] for key in ("gpu", "versions", "command")})
-            keys = ("length", "nodes", "step_ms", "ratio_to_plain", "floor_ms", "heads_floor_ms", "error")
+            keys = ("length", "heads", "nodes", "step_ms", "ratio_to_plain", "floor_ms", "heads_floor_ms", "error")
             print(*(f"{key} {figures[key]}" for key in keys if figures[key] != ""), flush=True)
     if failed:
         raise SystemExit(f"{failed} sizes failed: see the column error of {options.out}")

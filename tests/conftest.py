@@ -116,6 +116,27 @@ def _reproducible(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a Triton kernel runs."""
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip(
+            "no CUDA device" if request.param == "cuda" else "Triton's interpreter is off where there is a GPU"
+        )
+    return request.param
+
+
+# Relative, of kernels for decoding. bf16 has 8 bits: at most 2^-9 from rounding what comes out, as much from a softmax
+# before it, and twice that in Triton's interpreter, which cuts where a GPU rounds.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def assert_near(got, want):
+    """In norm, over all of it and over the worst row. want: float64."""
+    error = (got.double() - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=want.norm() / want.numel() ** 0.5)
+    assert error.max() < TOLERANCE[got.dtype]
+
+
 @pytest.fixture
 def model_dir(tmp_path):
     """A tiny LLaMA and its tokenizer on disk."""

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from decode_products import AllHeads, Products, sharing
 from errors import BadInput
 from medusa_decoder import Decoder, Sampling, answer_all
 from medusa_model import MedusaConfig, MedusaModel
@@ -238,7 +239,7 @@ def test_typical_acceptance_is_the_papers(epsilon, delta):
     """Each pass accepts the longest way whose tokens are all typical, and none other; of equal ones the likeliest."""
     model, sampling = make_model(), Sampling(1.0, True, epsilon, delta)
     tree = bushy(3)
-    decoder = Decoder(model, tree, 1, 80, sampling)
+    decoder = Decoder(model, tree, 1, 80, sampling, graph=False)  # or the next pass is under way already
     text, lengths, refused = list(PROMPTS[0]), [], 0
     generator = decoder.run([PROMPTS[0]], 60)
     text += next(generator)[0]
@@ -306,12 +307,19 @@ def test_a_captured_pass_is_the_pass(sampling):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
-def test_the_kernels_decode_the_same():
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("tree", [[], bushy(2)])
+def test_the_kernels_decode_the_same(tree, rows, monkeypatch):
     """On a GPU all tests of this file run through them; here Triton's interpreter does."""
-    model = make_model(2, hidden_size=64)
-    decoder = Decoder(model, bushy(2), 2, 40)
-    assert not decoder.kernels
-    want = decode(decoder, PROMPTS[1:3], 8)
-    decoder = Decoder(model, bushy(2), 2, 40)
+    model, prompts, launches = make_model(2, hidden_size=64), PROMPTS[1 : 1 + rows], []
+    want = decode(Decoder(model, tree, rows, 40), prompts, 8)
+    decoder = Decoder(model, tree, rows, 40)
+    assert not decoder.kernels and not decoder.products and not decoder.all_heads
     decoder.kernels = decoder.cache.kernels = True
-    assert decode(decoder, PROMPTS[1:3], 8) == want
+    decoder.products = sharing(model.backbone)
+    decoder.all_heads = AllHeads(decoder.heads) if tree and rows == 1 else None
+    one_row = Products.one_row
+    monkeypatch.setattr(Products, "one_row", lambda *args, **kwargs: launches.append(1) or one_row(*args, **kwargs))
+    assert decode(decoder, prompts, 8) == want
+    assert bool(launches) == (rows == 1)
+    assert {type(part) for part in model.modules() if isinstance(part, torch.nn.Linear)} == {torch.nn.Linear}

@@ -93,6 +93,16 @@ def test_step_times(time_steps, tmp_path):
     assert read_step_times(tmp_path / "steps.csv").keys() == {0, 1, 8}
 
 
+def test_trees_of_several_numbers_of_heads(time_steps):
+    rows = time_steps("--heads", 1, 3, "--nodes", 4, 16, "--length", 10)
+    assert [(row["heads"], row["nodes"]) for row in rows] == [
+        ("3", "0"), ("3", "4"), ("3", "16"), ("1", "4"), ("1", "10"),
+    ]  # fmt: skip
+    read = [float(row["heads_gb"]) for row in rows]
+    assert 0 == read[0] < read[3] == read[4] < read[2]
+    assert {row["plain_ms"] for row in rows} == {rows[0]["step_ms"]}
+
+
 def test_each_length_has_its_own_plain_pass(time_steps, monkeypatch):
     """A pass of n nodes that takes n + 1 ms per token of the prompt; every third measurement is an outlier."""
     calls = []
