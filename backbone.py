@@ -42,6 +42,24 @@ def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
             raise BadInput(f"{name} scales its logits ({key} = {getattr(config, key)}): not supported")
 
 
+def context_length(backbone: PreTrainedModel) -> int:
+    """How many tokens it can read. Raises BadInput if its configuration does not say: positions are then something
+    that decoding knows nothing of (ALiBi)."""
+    length = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        name = type(backbone).__name__
+        raise BadInput(f"{name} has no max_position_embeddings: decoding does not know its kind of positions")
+    return length
+
+
+def rope_follows_length(config) -> bool:
+    """Whether transformers looks, in each pass, at how long the text is: kinds of RoPE whose frequencies depend on it,
+    for all layers or for some. A CUDA graph cannot hold that."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
+    return bool(kinds & {"dynamic", "longrope"})
+
+
 def empty_backbone(config, dtype: torch.dtype, trust_remote_code=False) -> PreTrainedModel:
     """The backbone with memory for its weights that is never touched, and so takes none; buffers are real."""
     with init_empty_weights():

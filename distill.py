@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
 import errors
-from backbone import load_backbone
+from backbone import context_length, load_backbone
 from chat_data import load_tokenizer
 from errors import BadInput
 from medusa_checkpoint import write_atomically
@@ -74,7 +74,7 @@ def load(args: Arguments) -> tuple[MedusaModel, set[int]]:
     and its answer may not fit into the model's context."""
     backbone = load_backbone(args.model_name_or_path, dtype=torch.bfloat16)
     ends = end_tokens(backbone)
-    context = backbone.config.get_text_config().max_position_embeddings
+    context = context_length(backbone)
     if args.max_prompt_length + args.max_new_tokens > context:
         raise BadInput(
             f"--max_prompt_length {args.max_prompt_length} and --max_new_tokens {args.max_new_tokens} do not fit "
@@ -100,9 +100,11 @@ def main():
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     except ValueError as error:  # an unknown flag
         raise BadInput(str(error)) from error
-    if min(args.batch_size, args.max_new_tokens, args.max_prompt_length) < 1 or args.temperature < 0:
+    counts = [args.batch_size, args.max_new_tokens, args.max_prompt_length]
+    if min(counts + [args.limit] * (args.limit is not None)) < 1 or args.temperature < 0:
         raise BadInput(
-            "--batch_size, --max_new_tokens and --max_prompt_length must be 1 or more, --temperature 0 or more"
+            "--batch_size, --max_new_tokens, --max_prompt_length and --limit must be 1 or more, --temperature 0 or "
+            "more"
         )
     prompts = read_prompts(args.prompts)[: args.limit]
     output = Path(args.output)
@@ -146,4 +148,4 @@ def main():
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
-    errors.run(main)
+    errors.run(main, if_interrupted=": the same command goes on after the last whole batch")

@@ -29,8 +29,9 @@ def end_with_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def run(main):
-    """Runs a script's `main`; turns the errors a user can mend into one line on stderr and exit status 1.
+def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_new_tokens."):
+    """Runs a script's `main`; turns the errors a user can mend into one line on stderr and exit status 1, with the
+    script's own advice.
 
     Anything else keeps its traceback: that is a bug of ours, and hiding it would help nobody.
     `MEDUSA_TRACEBACK=1` shows the traceback of the others too.
@@ -42,11 +43,7 @@ def run(main):
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: go on from the last checkpoint with --resume_from_checkpoint True", file=sys.stderr)
+        print("interrupted" + if_interrupted, file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells count
     except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: out of GPU memory ({first_line(error)}). Lower --per_device_train_batch_size "
-            "(and raise --gradient_accumulation_steps by as much), --model_max_length or --medusa_num_heads; "
-            "in stage 2 add --gradient_checkpointing True."
-        )
+        sys.exit(f"error: out of GPU memory ({first_line(error)}). {if_out_of_memory}")

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import errors
 from acceptance import NO_TOKEN, TOP, acceptance, right_path
+from backbone import context_length
 from batches import Collator
 from chat_data import load_conversations, load_tokenizer, prepare, split_conversations
 from errors import BadInput
@@ -51,9 +52,9 @@ def ranks(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     for x, t, out in zip(hidden.split(ROWS), targets.split(ROWS), found.split(ROWS), strict=True):
         logits, t = logits_of(x), t[:, None]
         mine = logits.gather(1, t)
-        # bf16 logits tie; as argmax does, the lower token id of two comes first
+        # bf16 logits tie; as argmax does, the lower token id of two comes first. Beside NaN nothing is right.
         first = torch.arange(logits.shape[1], device=t.device) < t
-        out.copy_(((logits > mine) | ((logits == mine) & first)).sum(1).clamp(max=TOP))
+        out.copy_((~(logits <= mine) | ((logits == mine) & first)).sum(1).clamp(max=TOP))
     return found
 
 
@@ -168,11 +169,13 @@ def head_names(result: dict) -> list[str]:
 def report(result: dict) -> str:
     """Tables: accuracy on the reference text; on the own text; tokens per pass."""
     columns = zip(head_names(result), result["rows"], result["before"], result["top"], strict=True)
-    keys = ("", "rows", "top-1 before", "top-1 now", "top-5 before", "top-5 now")
-    parts = [[dict(zip(keys, (name, rows, b[0], t[0], b[4], t[4]), strict=True)) for name, rows, b, t in columns]]
+    keys = ("", "rows", "top-1 before", "top-1 now", "top-5 before", "top-5 now", "top-10 now")
+    cells = ((name, rows, b[0], t[0], b[4], t[4], t[9]) for name, rows, b, t in columns)
+    parts = [[dict(zip(keys, row, strict=True)) for row in cells]]
     if own := result.get("own"):
         columns = zip(head_names(result), own["rows"], own["top"], strict=True)
-        parts.append([{"own text": name, "rows": n, "top-1": t[0], "top-5": t[4]} for name, n, t in columns])
+        keys = ("own text", "rows", "top-1", "top-5", "top-10")
+        parts.append([dict(zip(keys, (name, n, t[0], t[4], t[9]), strict=True)) for name, n, t in columns])
         keys = ("tree", "nodes", "tokens per pass", "expected")
         parts.append([dict(zip(keys, row.values(), strict=True)) for row in own["acceptance"]])
     return "\n\n".join(map(markdown, parts))
@@ -228,15 +231,15 @@ def main():
     dtype = getattr(torch, args.dtype)
     model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.max_new_tokens:  # refused before anything is measured
+        context, eos = context_length(model.backbone), end_tokens(model.backbone)
     collate = Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     min_length = len(model.medusa_heads) + 2
     rows = prepare(data, args.data_path, tokenizer, args.model_max_length, min_length, by_length=True)
     result = {"heads": str(directory), "data_path": args.data_path}
     result |= evaluate(model, DataLoader(rows, args.batch_size, collate_fn=collate))
     if args.max_new_tokens:
-        context = model.backbone.config.get_text_config().max_position_embeddings
         longest = min(args.model_max_length, context) - args.max_new_tokens
-        eos = end_tokens(model.backbone)
         if prompts := first_prompts(data["messages"], tokenizer, longest):
             result["own"] = own_text(model, prompts, eos, args.max_new_tokens, collate, args.batch_size)
     print(report(result))

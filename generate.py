@@ -15,24 +15,26 @@ import shutil
 import textwrap
 import time
 from dataclasses import dataclass, field
-from itertools import accumulate, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer, set_seed
 
 import errors
+from acceptance import NODES
+from backbone import context_length
 from chat_data import load_tokenizer
 from errors import BadInput
 from medusa_checkpoint import find_heads, write_atomically
 from medusa_decoder import Decoder, Sampling
 from medusa_model import MedusaModel
 from medusa_tree import Choices, best_tree, chain, fastest, load_chance, markdown, measured_lengths, read_choices
-from prompts import end_tokens, read_prompts, tokenise
+from prompts import check_room, end_tokens, read_prompts, tokenise
 
 logger = logging.getLogger(__name__)
 
-SIZES = (0, 4, 8, 16, 32, 63)  # of trees to choose from; 63 guesses and the root fill a tile of 64 rows
+SIZES = (0, *NODES)  # of trees to choose from
 
 
 @dataclass
@@ -112,15 +114,22 @@ def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) ->
     return choices
 
 
+def token_texts(tokens: list[int], tokenizer) -> list[str]:
+    """What each token adds to the text; a letter of several tokens comes with the last of them."""
+    texts, shown = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if end < len(tokens):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        texts.append(text[len(shown) :])
+        shown = text if len(text) > len(shown) else shown
+    return texts
+
+
 def pieces_of(answer: list[int], lengths: list[int], tokenizer, mark: str) -> str:
-    """An answer's text with a mark between what different passes yielded. A character of several tokens, of which a
-    pass has only some, appears with the pass that completes it."""
-    text, pieces = "", []
-    for end in accumulate([1, *lengths]):
-        longer = tokenizer.decode(answer[:end], skip_special_tokens=True).rstrip("\ufffd")
-        pieces.append(longer[len(text) :])
-        text = longer
-    return mark.join(pieces)
+    """An answer's text with a mark between what different passes yielded."""
+    texts = iter(token_texts(answer, tokenizer))
+    return mark.join("".join(islice(texts, length)) for length in (1, *lengths))
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
@@ -162,8 +171,11 @@ def main():
     add("--limit", type=int, help="ask only the first so many")
     add("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
     add("--batch_size", type=int, default=1, help="prompts decoded at once")
-    add("--nodes", type=int, help="guesses in the tree; 0 is plain decoding (default: the fastest number, measured)")
-    add("--tree", help="a tree of your own: a JSON list of rank paths (medusa_choices)")
+    tree = parser.add_mutually_exclusive_group()
+    tree.add_argument(
+        "--nodes", type=int, help="guesses in the tree; 0: plain decoding (default: the fastest, measured)"
+    )
+    tree.add_argument("--tree", help="a tree of your own: a JSON list of rank paths (medusa_choices)")
     add("--temperature", type=float, default=0.0, help="0 is greedy: the most likely token; above, tokens are drawn")
     add(
         "--acceptance", choices=("exact", "typical"), default="exact", help="typical: more guesses pass (see the docs)"
@@ -176,12 +188,15 @@ def main():
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", help="write answers and figures there")
     args = parser.parse_args()
-    if min(args.max_new_tokens, args.batch_size, args.limit or 1) < 1 or (args.nodes or 0) < 0 or args.temperature < 0:
+    counts = [args.max_new_tokens, args.batch_size] + [args.limit] * (args.limit is not None)
+    if min(counts) < 1 or (args.nodes or 0) < 0 or args.temperature < 0:
         raise BadInput(
             "--max_new_tokens, --batch_size and --limit must be 1 or more, --nodes and --temperature 0 or more"
         )
-    if args.acceptance == "typical" and (args.temperature == 0 or not 0 < args.delta <= 1 or not args.epsilon > 0):
-        raise BadInput("--acceptance typical needs a --temperature, an --epsilon above 0 and a --delta up to 1")
+    if args.acceptance == "typical" and (args.temperature == 0 or not 0 < args.delta < 1 or not args.epsilon > 0):
+        raise BadInput(
+            "--acceptance typical needs a --temperature, an --epsilon above 0 and a --delta between 0 and 1"
+        )
 
     directory, stage2 = find_heads(args.heads)
     texts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
@@ -194,14 +209,9 @@ def main():
     model = MedusaModel.from_pretrained(
         args.heads, base_model_name_or_path=args.base_model, dtype=dtype, heads_dtype=dtype
     ).to(device)
-    context = model.backbone.config.get_text_config().max_position_embeddings
-    longest = max(map(len, prompts))
-    if longest >= context:
-        raise BadInput(
-            f"prompt {[len(p) for p in prompts].index(longest) + 1} has {longest} tokens, but the context of the "
-            f"backbone has {context}: shorten it"
-        )
-    max_length = min(context, longest + args.max_new_tokens)
+    context = context_length(model.backbone)
+    check_room(prompts, context)
+    max_length = min(context, max(map(len, prompts)) + args.max_new_tokens)
     choices = choose_tree(args, model, prompts[0], max_length)
     sampling = Sampling(args.temperature, args.acceptance == "typical", args.epsilon, args.delta)
     eos = end_tokens(model.backbone)

@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from decode_kernels import tree_attention, write
 from decode_products import FewRowsLinear, Products
+from errors import BadInput
 from medusa_model import MedusaModel, cap
 
 ATTENTION = "medusa_tree"
@@ -19,8 +20,10 @@ def attend(module, query, key, value, attention_mask, scaling, softcap=None, sli
 
     attention_mask: `[B, 1, n, S]` bool; the query heads that share keys become rows of one product, so that keys are
     read once and never repeated. Instead of a mask, `tree` (length, ancestors, depth): the same as a Triton kernel.
-    With neither it is a prefill: causal, through torch's own kernels.
+    With neither it is a prefill: causal, through torch's own kernels. Raises BadInput for attention sinks.
     """
+    if kwargs.get("s_aux") is not None:
+        raise BadInput("this backbone has attention sinks, and decoding does not know them: its text would be wrong")
     batch, heads, length, size = query.shape
     if "tree" in kwargs:
         return tree_attention(query, key, value, *kwargs["tree"], scaling, softcap, sliding_window), None
@@ -52,6 +55,8 @@ def decoding(model: MedusaModel, products: list[Products]):
     """Puts `attend`, which knows nothing of padding masks, and the products of `sharing` into the backbone, and takes
     them out again."""
     attention = model.backbone.config._attn_implementation
+    if attention == ATTENTION:
+        raise RuntimeError("a decoder of this model has not ended yet: exhaust or close its run() first")
     model.backbone.set_attn_implementation(ATTENTION)
     for together in products:
         for layer in together.layers:

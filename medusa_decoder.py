@@ -11,6 +11,7 @@ All of it has a fixed shape and happens on the device, so on a GPU a pass is one
 decoding by the same code.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -18,11 +19,15 @@ from typing import NamedTuple
 
 import torch
 
+from backbone import context_length, rope_follows_length
 from decode_products import AllHeads, sharing
 from errors import BadInput
 from medusa_attention import TreeCache, decoding
 from medusa_model import MedusaModel, cap
-from medusa_tree import Choices, check, layout
+from medusa_tree import Choices, Layout, check, layout
+from prompts import check_room
+
+logger = logging.getLogger(__name__)
 
 
 class Sampling(NamedTuple):
@@ -30,7 +35,8 @@ class Sampling(NamedTuple):
     softmax(logits / temperature), and a guess is accepted if it is the token drawn: the distribution is exactly that
     of plain sampling. typical: a guess is accepted if its probability exceeds min(epsilon, delta * exp(-entropy)),
     and the token after the last accepted one is drawn from those that would be (paper, section 2.3.1): more guesses
-    pass, and the distribution is another one."""
+    pass, and the distribution is another one. With delta below 1 there is always one: the likeliest token has a
+    probability of exp(-entropy) or more."""
 
     temperature: float = 0.0
     typical: bool = False
@@ -45,7 +51,8 @@ class Decoder:
     """Decodes up to batch_size prompts at once with one tree.
 
     max_length: prompt and new tokens of a row together. graph: on a GPU, capture a pass as a CUDA graph. Raises
-    BadInput if the tree is deeper than the heads, or max_length more than the backbone's context.
+    BadInput if the tree is deeper than the heads or has more ranks than there are tokens, or if max_length exceeds the
+    backbone's context.
     """
 
     def __init__(
@@ -60,15 +67,15 @@ class Decoder:
         self.model, self.sampling = model.eval(), sampling
         self.choices = check(choices, len(model.medusa_heads))
         device = self.device = model.lm_head.weight.device
-        self.tree = type(layout(self.choices))(*(tensor.to(device) for tensor in layout(self.choices)))
+        self.tree = Layout(*(tensor.to(device) for tensor in layout(self.choices)))
         self.nodes, self.most = len(self.tree.depth), self.tree.path.shape[1]  # tokens a pass checks, and yields
         config = model.backbone.config.get_text_config()
-        if max_length > config.max_position_embeddings:
+        self.max_length, self.context = max_length, context_length(model.backbone)
+        if max_length > self.context:
             raise BadInput(
                 f"{max_length} tokens (prompt and answer) do not fit into the context of the backbone, "
-                f"{config.max_position_embeddings} tokens: shorten the prompt or lower --max_new_tokens"
+                f"{self.context} tokens: shorten the prompt or lower --max_new_tokens"
             )
-        self.max_length = max_length
         # A pass writes all its nodes behind the text; a row that has ended may go on for one pass (see `passes`).
         places = -(-(max_length + self.nodes + 2 * self.most) // 64) * 64
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -79,7 +86,8 @@ class Decoder:
         if device.type == "cuda":
             model.choose_kernels(use_liger=True, device=device)  # norms, RoPE and SwiGLU are a kernel each
             self.products = sharing(model.backbone)
-            self.all_heads = AllHeads(heads) if batch_size == 1 and len(heads) else None
+            if batch_size == 1 and len(heads) and heads[0][-1].weight.dtype == model.lm_head.weight.dtype:
+                self.all_heads = AllHeads(heads)
         self.places = torch.arange(places, device=device)
         # What a pass reads and leaves: fixed memory, so that a CUDA graph can replay it.
         self.tokens = torch.zeros(batch_size, self.nodes, dtype=torch.int64, device=device)  # root and guesses
@@ -87,8 +95,15 @@ class Decoder:
         self.active = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(batch_size, self.most + 1, dtype=torch.int64, device=device)  # count, then tokens
         self.ranks = 1 + max((rank for choice in self.choices for rank in choice), default=-1)  # guesses of each head
+        if self.ranks > config.vocab_size:
+            raise BadInput(
+                f"the tree has rank {self.ranks - 1}, but there are {config.vocab_size} tokens: leave it out"
+            )
         self.graph = None
         self.use_graph = graph and device.type == "cuda"
+        if self.use_graph and rope_follows_length(config):
+            logger.warning("RoPE that changes with the text's length: no CUDA graph, so a pass takes longer")
+            self.use_graph = False
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """Reads the prompts, at most batch_size of them, and returns the backbone's next token of each."""
@@ -146,7 +161,8 @@ class Decoder:
         self.cache.length = self.length
         hidden = self.model.backbone.get_decoder()(
             input_ids=self.tokens,
-            position_ids=self.length + tree.depth,
+            # Guesses may stand behind the context's end; what is accepted never does.
+            position_ids=(self.length + tree.depth).clamp(max=self.context - 1),
             past_key_values=self.cache,
             use_cache=True,
             **self.view(),
@@ -159,12 +175,12 @@ class Decoder:
             right = likely > -torch.inf
         right[:, 0] = True  # the root
         accepted = ~(~right[:, None] & tree.ancestors).any(2)
-        score = torch.where(accepted, tree.depth, -1).float()
+        depth = torch.where(accepted, tree.depth, -1)
         if logp is not None:  # several guesses of one depth can be typical: the most likely way is taken
             likely[:, 0] = 0
             total = torch.where(tree.ancestors, likely[:, None], 0).sum(2)
-            score = score + torch.sigmoid(total)
-        best = score.argmax(1, keepdim=True)  # [B, 1]
+            depth = total.masked_fill(depth < depth.amax(1, keepdim=True), -torch.inf)
+        best = depth.argmax(1, keepdim=True)  # [B, 1]
         way, root, guessed = tree.path[best[:, 0]], chosen.gather(1, best), tree.depth[best]
         new = self.tokens.gather(1, way).roll(-1, 1)  # the accepted guesses, and behind them the backbone's token
         self.out[:, 1:] = new.scatter(1, guessed, root)
@@ -227,13 +243,8 @@ class Decoder:
         """Yields what each pass adds to each row, first the prefill (one token each), until every row has an EOS,
         max_new_tokens tokens, or no more room. A row that has ended gets nothing. Raises BadInput for a prompt that
         leaves no room."""
+        check_room(prompts, self.max_length)
         room = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
-        for number, prompt in enumerate(prompts, 1):
-            if not 0 < len(prompt) < self.max_length:
-                raise BadInput(
-                    f"prompt {number} has {len(prompt)} tokens, and there is room for {self.max_length} with the "
-                    "answer: shorten it"
-                )
 
         def cut(row: int, tokens: list[int]) -> list[int]:
             """What counts of new tokens: nothing behind an EOS or the room. Ends the row there."""

@@ -33,6 +33,18 @@ def tokenise(conversations: list[list[dict]], tokenizer) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def check_room(prompts: list[list[int]], context: int):
+    """Raises BadInput if a prompt leaves no room for an answer, and names the first."""
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise BadInput(f"prompt {number} is empty: write something")
+        if len(prompt) >= context:
+            raise BadInput(
+                f"prompt {number} has {len(prompt)} tokens, but there is room for {context} with the answer: shorten "
+                "it"
+            )
+
+
 def end_tokens(backbone) -> set[int]:
     """The tokens that end an answer. Raises BadInput if the model names none."""
     ends = backbone.generation_config.eos_token_id

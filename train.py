@@ -278,7 +278,12 @@ def main():
 
 if __name__ == "__main__":
     errors.end_with_launcher()
-    errors.run(main)
+    errors.run(
+        main,
+        if_interrupted=": go on from the last checkpoint with --resume_from_checkpoint True",
+        if_out_of_memory="Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
+        "--model_max_length or --medusa_num_heads; in stage 2 add --gradient_checkpointing True.",
+    )
     if torch.distributed.is_initialized():  # after main's objects are gone, and all ranks together
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

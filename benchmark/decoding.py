@@ -24,14 +24,15 @@ import common
 import torch
 
 import errors
+from backbone import context_length
 from chat_data import load_tokenizer
 from errors import BadInput
-from generate import Decoded, decode
+from generate import Decoded, decode, token_texts
 from medusa_checkpoint import find_heads, write_atomically
 from medusa_decoder import Decoder
 from medusa_model import MedusaModel
 from medusa_tree import Chance, Choices, best_tree, chain, expected_length, load_chance
-from prompts import end_tokens, read_prompts, tokenise
+from prompts import check_room, end_tokens, read_prompts, tokenise
 
 WARM_UP = 16  # tokens
 
@@ -74,18 +75,6 @@ def figures(done: Decoded, plain: Decoded, batch_size: int) -> dict:
         "speed_up": f"{own['tokens_per_s'] / speed:.4f}",
         "identical": sum(a == b for a, b in zip(done.answers, plain.answers, strict=True)),
     }
-
-
-def token_texts(tokens: list[int], tokenizer) -> list[str]:
-    """What each token adds to the text; a letter of several tokens comes with the last of them."""
-    texts, shown = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        if end < len(tokens):
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        texts.append(text[len(shown) :])
-        shown = text if len(text) > len(shown) else shown
-    return texts
 
 
 def trace(decoder: Decoder, prompt: list[int], max_new_tokens: int, eos: set[int], tokenizer) -> list:
@@ -139,7 +128,7 @@ def main():
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if len(model.medusa_heads) != heads:
         raise BadInput(f"{accuracy} is of {heads} heads, but {options.heads} has {len(model.medusa_heads)}")
-    eos, context = end_tokens(model.backbone), model.backbone.config.get_text_config().max_position_embeddings
+    eos, context = end_tokens(model.backbone), context_length(model.backbone)
 
     def ask(texts: list[str]) -> list[list[int]]:
         return tokenise([[{"role": "user", "content": text}] for text in texts], tokenizer)
@@ -148,6 +137,7 @@ def main():
         return Decoder(model, tree, batch_size, min(context, max(map(len, prompts)) + options.max_new_tokens))
 
     prompts, origin = ask(texts), common.origin()
+    check_room(prompts, context)
     trees = {}  # by what they hold: a small tree may have all paths that are ever right
     for name in dict.fromkeys(["0", *options.nodes]):
         tree = make_tree(name, chance, heads, ranks)

@@ -6,22 +6,27 @@ The vocabulary has 9 tokens, so that untrained guesses are right often enough to
 import copy
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_backbone, randomise
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
+from backbone import context_length, rope_follows_length
 from decode_products import AllHeads, Products, sharing
 from errors import BadInput
+from medusa_attention import attend
 from medusa_decoder import Decoder, Sampling, answer_all
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_tree import chain
@@ -33,7 +38,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0,
 
 def make_model(heads=3, **kwargs) -> MedusaModel:
     model = MedusaModel.from_backbone(
-        make_backbone(**{"vocab_size": VOCAB} | kwargs), MedusaConfig(medusa_num_heads=heads)
+        make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs), MedusaConfig(medusa_num_heads=heads)
     )
     randomise(model.medusa_heads, 0.5)
     return model.eval().to(DEVICE)
@@ -146,13 +151,48 @@ def test_stops_where_the_context_ends():
         assert answer == greedy(model.backbone, prompt, len(answer))
     with pytest.raises(BadInput, match=r"33 tokens .* do not fit into the context of the backbone, 32"):
         Decoder(model, [], 1, 33)
-    with pytest.raises(BadInput, match="prompt 2 has 32 tokens, and there is room for 32"):
-        next(Decoder(model, [], 2, 32).run([[1], [1] * 32], 5))
+    for prompt, message in (([1] * 32, "prompt 2 has 32 tokens, but there is room for 32"), ([], "prompt 2 is empty")):
+        with pytest.raises(BadInput, match=message):
+            next(Decoder(model, [], 2, 32).run([[1], prompt], 5))
 
 
-def test_a_tree_deeper_than_the_heads():
+def test_trees_that_do_not_fit():
     with pytest.raises(BadInput, match="depth 3"):
         Decoder(make_model(heads=2), chain(3), 1, 20)
+    with pytest.raises(BadInput, match=r"the tree has rank 9, but there are 9 tokens"):
+        Decoder(make_model(heads=2), [(0,), (VOCAB,)], 1, 20)
+
+
+def test_one_decoder_of_a_model_at_a_time():
+    """Each puts its attention into the backbone, and the first to end would take it out under the other."""
+    model = make_model()
+    first, second = (Decoder(model, chain(2), 1, 40) for _ in range(2))
+    running = first.run(PROMPTS[:1], 10)
+    next(running)
+    with pytest.raises(RuntimeError, match="has not ended yet"):
+        next(second.run(PROMPTS[:1], 10))
+    running.close()
+    assert decode(second, PROMPTS[:1], 10)[0] == [greedy(model.backbone, PROMPTS[0], 10)]
+
+
+def test_attention_it_does_not_know_is_refused():
+    query = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(BadInput, match="attention sinks"):
+        attend(None, query, query, query, None, 1.0, s_aux=torch.zeros(2))
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(BadInput, match="BloomForCausalLM has no max_position_embeddings"):
+        context_length(bloom)
+
+
+def test_rope_that_follows_the_length():
+    yarn, dynamic = ({"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} for kind in ("yarn", "dynamic"))
+    for parameters, follows in (
+        (yarn, False),
+        (dynamic, True),
+        ({"full": yarn, "sliding": dynamic}, True),
+        (None, False),
+    ):
+        assert rope_follows_length(SimpleNamespace(rope_parameters=parameters)) is follows
 
 
 def test_the_cache_holds_what_a_prefill_would_put_there():
@@ -170,39 +210,40 @@ def test_the_cache_holds_what_a_prefill_would_put_there():
 
 SMALL = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.4,
 }  # fmt: skip
+TWO_HEADS = {k: v for k, v in SMALL.items() if k != "head_dim"} | {"num_attention_heads": 2, "num_key_value_heads": 1}
 OTHERS = {
     "mistral": MistralConfig(**SMALL, sliding_window=6),
-    "qwen2": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
-    "qwen2 sliding": Qwen2Config(
-        **{k: v for k, v in SMALL.items() if k != "head_dim"}, use_sliding_window=True, sliding_window=6,
-        max_window_layers=1,
-    ),
+    "qwen2": Qwen2Config(**TWO_HEADS),
+    "qwen2 sliding": Qwen2Config(**TWO_HEADS, use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "qwen3": Qwen3Config(**SMALL),
     "gemma": GemmaConfig(**SMALL),
     "gemma2": Gemma2Config(**SMALL, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=0.5),
     "gemma3": Gemma3TextConfig(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=52, initializer_range=0.4),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_lossless_for_other_backbones(name):
-    """Sliding windows shorter than the text, bounded scores, norms of queries and keys, tied embeddings."""
+    """Sliding windows shorter than the text, bounded scores, norms of queries and keys, tied embeddings, learned
+    positions."""
     model = MedusaModel.from_backbone(AutoModelForCausalLM.from_config(OTHERS[name]), MedusaConfig(medusa_num_heads=3))
     randomise(model.medusa_heads, 0.5)
     model.eval().to(DEVICE)
     before = model.backbone.config._attn_implementation
     want = [greedy(model.backbone, prompt, 40) for prompt in PROMPTS]
-    answers, passes = decode(Decoder(model, bushy(2, VOCAB), 4, 60), PROMPTS, 40)
+    longest = min(60, model.backbone.config.max_position_embeddings)  # of gpt2 52; guesses reach behind its table
+    answers, passes = decode(Decoder(model, bushy(2, VOCAB), 4, longest), PROMPTS, 40)
     assert answers == want
     assert passes == [13] * 4  # three tokens each
     assert model.backbone.config._attn_implementation == before
 
 
 def test_exact_sampling_draws_from_the_backbone():
-    """Two tokens after the first, 4,000 times: as often as the product of the backbone's probabilities says."""
-    model, temperature, rows, rounds = make_model(), 1.5, 1000, 4
+    """Two tokens after the first, 8,000 times: as often as the product of the backbone's probabilities says."""
+    model, temperature, rows, rounds = make_model(), 1.5, 1000, 8
     prompt = PROMPTS[0]
     chances = torch.zeros(VOCAB, VOCAB, VOCAB)
     with torch.inference_mode():
@@ -291,6 +332,23 @@ def test_step_ms_is_a_time():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tree", [[], bushy(3)])
+def test_bf16_on_a_gpu(tree):
+    """Several rows are products of their own there, and a graph replays them as they are; heads of another type than
+    the backbone's go the slow way."""
+    model = make_model().to(torch.bfloat16)
+    results = []
+    for graph, dtype in ((False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)):
+        model.medusa_heads.to(dtype)
+        decoder = Decoder(model, tree, 1, 80, graph=graph)
+        assert decoder.kernels and bool(decoder.all_heads) == (bool(tree) and dtype == torch.bfloat16)
+        results.append(decode(decoder, PROMPTS[:1], 60))
+    assert results[0] == results[1]
+    assert len(results[2][0][0]) == 60
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, True)])
 def test_a_captured_pass_is_the_pass(sampling):
     model = make_model()
@@ -311,7 +369,7 @@ def test_a_captured_pass_is_the_pass(sampling):
 @pytest.mark.parametrize("tree", [[], bushy(2)])
 def test_the_kernels_decode_the_same(tree, rows, monkeypatch):
     """On a GPU all tests of this file run through them; here Triton's interpreter does."""
-    model, prompts, launches = make_model(2, hidden_size=64), PROMPTS[1 : 1 + rows], []
+    model, prompts, launches = make_model(2), PROMPTS[1 : 1 + rows], []
     want = decode(Decoder(model, tree, rows, 40), prompts, 8)
     decoder = Decoder(model, tree, rows, 40)
     assert not decoder.kernels and not decoder.products and not decoder.all_heads

@@ -161,6 +161,11 @@ def test_a_finished_run_asks_nothing_that_was_answered(ask, monkeypatch):
     assert all(prompt in text for prompt, text in zip(PROMPTS, asked[-len(PROMPTS) :], strict=True))
 
 
+def test_a_limit_below_one_is_refused(ask):
+    with pytest.raises(BadInput, match="--limit must be 1 or more"):
+        ask("none", limit=-5)
+
+
 def test_limit_is_the_first_prompts(ask):
     assert records(ask("some", limit=4)) == [record for record in records(ask("all")) if record["prompt"] <= 4]
 

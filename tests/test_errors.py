@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import errors
 from training_state import read_run
@@ -45,8 +46,17 @@ def test_ctrl_c_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        errors.run(interrupted)
-    assert stop.value.code == 130 and "--resume_from_checkpoint True" in capsys.readouterr().err
+        errors.run(interrupted, if_interrupted=": go on like this")
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted: go on like this\n"
+
+
+def test_out_of_memory_is_one_line():
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")
+
+    with pytest.raises(SystemExit) as stop:
+        errors.run(full, if_out_of_memory="Take less.")
+    assert stop.value.code == "error: out of GPU memory (CUDA out of memory. Tried to). Take less."
 
 
 def processes_of(word: str) -> list[int]:

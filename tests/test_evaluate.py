@@ -232,7 +232,7 @@ def test_main_prints_the_table_and_writes_the_figures(heads_dir, data_file, tmp_
     for k, (_, rows, *shares) in enumerate(table):
         top, before = result["top"][k], result["before"][k]
         assert int(rows) == result["rows"][k] > 0
-        assert shares == [f"{share:.3f}" for share in (before[0], top[0], before[4], top[4])]
+        assert shares == [f"{share:.3f}" for share in (before[0], top[0], before[4], top[4], top[9])]
     assert sorted(path.name for path in figures.parent.iterdir()) == ["figures.json", "figures.png"]
 
 
@@ -266,7 +266,8 @@ def test_own_text_is_what_the_backbone_says(heads_dir, data_file, monkeypatch, c
     _, words, trees = cells(capsys.readouterr().out)
     for k, line in enumerate(words):
         top = found["top"][k]
-        assert line == ["lm_head" if k == 0 else f"head {k}", str(found["rows"][k]), f"{top[0]:.3f}", f"{top[4]:.3f}"]
+        shares = [f"{top[rank]:.3f}" for rank in (0, 4, 9)]
+        assert line == ["lm_head" if k == 0 else f"head {k}", str(found["rows"][k]), *shares]
     shown = [(row["tree"], row["nodes"], row["length"], row["expected"]) for row in found["acceptance"]]
     assert trees == [[tree, str(n), f"{length:.3f}", f"{expected:.3f}"] for tree, n, length, expected in shown]
     assert (heads_dir / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -332,3 +333,8 @@ def test_of_tied_logits_the_first_token_is_the_guess():
     assert [evaluate.ranks(lambda _: logits, torch.zeros(1, 2), torch.tensor([t])).item() for t in range(4)] == [
         *(2, 0, 1, 3)
     ]
+
+
+def test_of_a_broken_model_nothing_is_right():
+    logits = torch.tensor([[torch.nan, torch.nan, 3.0, 0.0] + [torch.nan] * 12])
+    assert evaluate.ranks(lambda _: logits, torch.zeros(1, 2), torch.tensor([0])).item() == evaluate.TOP
