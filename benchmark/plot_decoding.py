@@ -3,8 +3,8 @@
     python benchmark/plot_decoding.py --decoding A.csv B.csv --step_time C.csv --trace D.json --out docs/images
 
 --decoding   decoding.png: tokens/s of plain decoding and of each tree, a panel per machine, a colour per label
---step_time  step_time.png: a pass against the guesses it checks, and the time that reading its bytes takes; a panel
-             per model, GPU and length
+--step_time  step_time.png: a pass against the guesses it checks, a line per number of heads, and the time that
+             reading its bytes takes; a panel per model, GPU and length
 --trace      decoding.gif: plain decoding on the left, with heads on the right; --slow_down F times as slow as it was
 
 The files are those of benchmark/decoding.py and benchmark/step_time.py. Of several rows for one bar or point the last
@@ -29,7 +29,7 @@ from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
 
 GREY, ORANGE, BLUE = "#6b6b6b", "#d97706", "#0060a8"  # of different lightness too
-COLORS = (BLUE, ORANGE, "#4d7c0f", "#9d174d")
+COLORS = (BLUE, ORANGE, "#4d7c0f", "#9d174d", "#0f766e")
 DECODING = ("label", "tree", "nodes", "tokens_per_s", "tokens_per_pass", "speed_up", "batch_size", "dtype", "machine")
 STEP_TIME = ("model", "heads", "nodes", "length", "batch_size", "step_ms", "bandwidth_tb_s", "gpu")
 STEP_TIME += ("floor_ms", "heads_floor_ms", "cache_gb")
@@ -112,38 +112,49 @@ def decoding(rows: list[dict]) -> plt.Figure:
 
 
 def step_time(rows: list[dict]) -> plt.Figure | None:
-    """The measured time of a pass over the stacked times of reading what it needs. On each point the break-even:
-    tokens that a pass must yield to be worth it. None if no size has a time."""
-    groups = grouped([row for row in rows if row["step_ms"]], "model", "gpu", "heads", "length", "batch_size")
+    """The measured time of a pass, a line for each number of heads, over the stacked times of reading what the most
+    heads need. On the points the break-even: tokens that a pass must yield to be worth it. None if no size has a time.
+    """
+    groups = grouped([row for row in rows if row["step_ms"]], "model", "gpu", "length", "batch_size")
     if not groups:
         return None
     picture, all_axes = panels(len(groups))
     highest = max(float(row["step_ms"]) for mine in groups.values() for row in mine)
-    for axes, ((model, gpu, heads, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
-        mine = [row for _, row in sorted({int(row["nodes"]): row for row in mine}.items())]
-        nodes = [int(row["nodes"]) for row in mine]
-        measured = [float(row["step_ms"]) for row in mine]
+    for axes, ((model, gpu, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
+        mine = {(int(row["heads"]), int(row["nodes"])): row for row in sorted(mine, key=lambda row: int(row["nodes"]))}
+        plain = next((row for (_, nodes), row in mine.items() if nodes == 0), None)
+        lines = {heads: [] for heads, _ in sorted(mine, reverse=True)}
+        for (heads, nodes), row in mine.items():
+            if nodes:
+                lines[heads].append((nodes, float(row["step_ms"]), row))
+        lines = {heads: points for heads, points in lines.items() if points}
+        start = [(0, float(plain["step_ms"]), plain)] if plain else []
+        nodes, _, most = zip(*(start + next(iter(lines.values()), [])), strict=True)
         reading = {
-            "reading the backbone": [float(row["floor_ms"]) for row in mine],
-            "its keys and values": [float(row["cache_gb"]) / float(row["bandwidth_tb_s"]) for row in mine],  # ms
-            "the heads in use": [float(row["heads_floor_ms"]) for row in mine],
+            "reading the backbone": [float(row["floor_ms"]) for row in most],
+            "its keys and values": [float(row["cache_gb"]) / float(row["bandwidth_tb_s"]) for row in most],  # ms
+            "the heads in use": [float(row["heads_floor_ms"]) for row in most],
         }
         axes.stackplot(nodes, *reading.values(), labels=reading, colors=("#c4c4c4", "#a3c2dc", "#f3c88f"))
-        axes.plot(nodes, measured, color=BLUE, marker="o", ms=4, lw=1.8, label="measured")
-        if nodes[0] == 0:
-            axes.axhline(measured[0], color=GREY, ls="--", lw=1, label="plain decoding, measured")
-            for i, (n, ms) in enumerate(zip(nodes[1:], measured[1:], strict=True), start=1):
-                close = nodes[i + 1 : i + 2] and nodes[i + 1] - n < nodes[-1] / 20  # 15 and 16: one to each side
-                side = "right" if close else "left" if n - nodes[i - 1] < nodes[-1] / 20 else "center"
-                near = {"xytext": (0, 6), "textcoords": "offset points", "ha": side, "fontsize": 7.5}
-                axes.annotate(f"{ms / measured[0]:.2f}", (n, ms), **near)
-        axes.margins(x=0.06)
+        for i, (heads, points) in enumerate(lines.items()):
+            x, ms, _ = zip(*(start + points), strict=True)
+            label = f"{heads} head{'s' * (heads > 1)}, measured"
+            axes.plot(x, ms, color=COLORS[i % len(COLORS)], marker="o", ms=4, lw=1.8, label=label)
+            for n, time, _ in points if plain else []:
+                at = (6, -3) if n == x[-1] else (0, 5) if i == 0 else None  # lines below the first: only at the end
+                if at:
+                    text = f"{time / start[0][1]:.2f}"
+                    axes.annotate(text, (n, time), at, textcoords="offset points", fontsize=7.5, ha="left")
+        if plain:
+            axes.axhline(start[0][1], color=GREY, ls="--", lw=1, label="plain decoding, measured")
+        axes.margins(x=0.12)
         axes.set(xlabel="guesses in the tree", ylabel="ms per pass", ylim=(0, highest * 1.15))
         model = {"llama3_8b": "LLaMA-3-8B shapes"}.get(model, model)
-        title = f"{model}, {heads} heads, {int(length):,} tokens so far{of_batch(batch_size)}\n{gpu}"
-        axes.set_title(title, fontsize=10)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
+        axes.set_title(f"{model}, {int(length):,} tokens so far{of_batch(batch_size)}\n{gpu}", fontsize=10)
+    picture.set_figwidth(5.2 * len(groups) + 2.8)  # beside the panels a legend
+    entries = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in all_axes]
+    handles = {label: handle for of_panel in entries for handle, label in of_panel}
+    picture.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
     picture.supxlabel("on the points: tokens that a pass must yield to be as fast as plain decoding", fontsize=7.5)
     return picture
 

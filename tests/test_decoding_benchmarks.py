@@ -354,6 +354,22 @@ def test_time_of_a_pass_over_what_it_reads(tmp_path):
     plot.plt.close(picture)
 
 
+def test_a_line_for_each_number_of_heads(tmp_path):
+    """All begin at the one plain pass; the areas are what the most heads read; all show where they end."""
+    fewer = [step_row(nodes, ms) | {"heads": 2} for nodes, ms in ((16, 7), (8, 6.6))]
+    rows = [*fewer, step_row(32, 9), step_row(16, 7.5), step_row(0, 6), step_row(8, 7) | {"heads": 1}]
+    picture = plot.step_time(plot.read([write(tmp_path / "s.csv", rows)], plot.STEP_TIME))
+    (axes,) = picture.axes
+    most, two, one, _ = axes.lines
+    assert most.get_xydata().tolist() == [[0, 6], [16, 7.5], [32, 9]]
+    assert two.get_xydata().tolist() == [[0, 6], [8, 6.6], [16, 7]] and one.get_xydata().tolist() == [[0, 6], [8, 7]]
+    assert [text.get_text() for text in axes.texts] == ["1.25", "1.50", "1.17", "1.17"]
+    assert axes.collections[-1].get_paths()[0].vertices[:, 0].max() == 32
+    labels = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert [label.split(",")[0] for label in labels[3:]] == ["5 heads", "2 heads", "1 head", "plain decoding"]
+    plot.plt.close(picture)
+
+
 def make_trace(**changes):
     passes = [[0.0, ["The"]], [0.1, [" moon", " is"]], [0.2, [" made", " of", " green"]], [0.4, [" cheese"]]]
     plain = [[0.1 * i, [text]] for i, text in enumerate(text for _, texts in passes for text in texts)]
