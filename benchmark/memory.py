@@ -1,14 +1,20 @@
-"""Peak memory of one of N GPUs, measured on a single one: the real trainer under a fake process group.
+"""Peak memory of one of N GPUs: measured on a single one under a fake process group, or on all N, with their speed.
 
     python benchmark/memory.py --world_size 8 --stage 1 --out benchmark/results/memory.csv
+    accelerate launch --config_file configs/fsdp2.yaml --num_processes 8 benchmark/memory.py --stage 1 --out real.csv
 
-The process believes it is rank 0 of N: weights, gradients and Adam's moments are its shard, every buffer that FSDP
-allocates is allocated, but collectives move nothing. So numbers (losses) mean nothing, times leave communication out,
-and NCCL's own buffers (about 1 GiB, by its settings) come on top. LLaMA-3-8B shapes, no weights needed.
+The first is one process that believes it is rank 0 of N: weights, gradients and Adam's moments are its shard, every
+buffer that FSDP allocates is allocated, but collectives move nothing. So numbers (losses) mean nothing, there are no
+times, and NCCL's own buffers (about 1 GiB, by its settings) come on top. LLaMA-3-8B shapes, no weights needed.
 
-Each implementation (benchmark/common.py) with each number of heads trains two optimiser steps at each length in turn.
-A row has the peak of the last step at its length, in GiB, and what is held between steps: the first step of all makes
-Adam's moments. Where memory runs out, the row says OOM, and the next combination follows.
+The second is real: random weights, which each rank makes of its shards. The peak is that of the rank with the highest;
+tokens_per_s is that of all GPUs together, useful_tflops and mfu are per GPU. FSDP1 or 2 is what the launcher says.
+
+Each implementation (benchmark/common.py) with each number of heads trains two optimiser steps at each length in turn;
+in a real group eight, of which the last four count. A row has the peak of the last steps at its length, in GiB, and
+what is held between steps: the first step of all makes Adam's moments. Where memory runs out, the row says OOM, and
+the next combination follows; in a real group, where other ranks may wait for this one, the run ends there (and the
+row is missing if it was not on rank 0).
 """
 
 import argparse
@@ -18,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from common import IMPLEMENTATIONS, append, choose_implementation, origin, random_rows, set_sizes, trainer_class
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, TrainerCallback
@@ -25,11 +32,13 @@ from transformers import LlamaConfig, TrainerCallback
 from arguments import TrainingArguments
 from backbone import empty_backbone
 from batches import Collator
-from callback import GIB
+from callback import GIB, EfficiencyCallback, FlopCount
+from medusa_fsdp import local
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_trainer import MedusaTrainer
 
-STEPS = 2  # per length
+STEPS, REAL_STEPS, TIMED = 2, 8, 4  # per length
+SPEED = ("step_time_s", "tokens_per_s", "useful_tflops", "mfu")
 
 
 def become_rank_0_of(world_size: int, fsdp_version: int):
@@ -61,6 +70,28 @@ class LastStepOfEachLength(TrainerCallback):
             self.report(*(f"{figure / GIB:.2f}" for figure in figures))
 
 
+class RealSteps(TrainerCallback):
+    """The same in a real group, after the timed steps of each length, with what EfficiencyCallback logs of them."""
+
+    def __init__(self, report):
+        self.report = report
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():  # at zero, products would be faster
+            for name, parameter in model.named_parameters():
+                local(parameter).fill_(1.0) if "norm" in name else local(parameter).normal_(std=0.02)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if torch.cuda.is_available() and state.global_step % REAL_STEPS == REAL_STEPS - TIMED:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "step_time_s" in logs and state.global_step % REAL_STEPS == 0:
+            mine = torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / GIB
+            peak, resting = (max(of_all) for of_all in zip(*gather_object([mine]), strict=True))
+            self.report(f"{peak:.2f}", f"{resting:.2f}", logs)
+
+
 def build_trainer(options, implementation: str, heads: int, directory: str) -> MedusaTrainer:
     stage_1 = options.stage == 1
     args = TrainingArguments(
@@ -68,11 +99,12 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
         medusa_only_heads=stage_1,
         bf16=True,
         per_device_train_batch_size=options.batch_size,
-        max_steps=STEPS * len(options.lengths),
+        max_steps=options.steps * len(options.lengths),
         gradient_checkpointing=not stage_1,
         offload_activations=options.offload_activations,
         train_sampling_strategy="sequential",
-        logging_strategy="no",
+        logging_strategy="steps" if options.real else "no",
+        logging_steps=TIMED,
         save_strategy="no",
         report_to="none",
     )
@@ -84,9 +116,17 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
     choose_implementation(model, implementation, args.device)
     rows = []
     for length in options.lengths:
-        rows += random_rows(options.shape, length, 1) * (STEPS * options.batch_size * options.world_size)
-    trainer = trainer_class(implementation)(model=model, args=args, train_dataset=rows, data_collator=Collator(0))
-    trainer._stop_if_not_finite = lambda: None  # gathered weights are whatever was in memory: a NaN says nothing
+        rows += random_rows(options.shape, length, 1) * (options.steps * options.batch_size * options.world_size)
+    meter = EfficiencyCallback(FlopCount.of(model), args.device, world_size=options.world_size)
+    trainer = trainer_class(implementation)(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=Collator(0),
+        meter=meter if options.real else None,
+    )
+    if not options.real:
+        trainer._stop_if_not_finite = lambda: None  # gathered weights are whatever was in memory: a NaN says nothing
     return trainer
 
 
@@ -94,11 +134,14 @@ def measure(options, implementation: str, heads: int, source: dict):
     """Writes one row after the other; the length at which memory ran out is the last one. source: `origin()`."""
     lengths = iter(options.lengths)
 
-    def report(peak: str, resting: str):
+    def report(peak: str, resting: str, logs: dict | None = None):
         row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size}
         row |= {"world_size": options.world_size, "length": next(lengths), "implementation": implementation}
         row["options"] = f"fsdp{options.fsdp}" + " offload" * options.offload_activations
-        row |= {"peak_gib": peak, "resting_gib": resting} | source
+        row |= {"group": "real" if options.real else "fake", "peak_gib": peak, "resting_gib": resting}
+        row |= {key: f"{logs[key]:.5g}" if key in (logs or {}) else "" for key in SPEED} | source
+        if int(os.environ["RANK"]) > 0:
+            return
         print(*(f"{key} {value}" for key, value in row.items() if key not in source), sep=", ", flush=True)
         if options.out:
             append(options.out, row)
@@ -106,15 +149,17 @@ def measure(options, implementation: str, heads: int, source: dict):
     with tempfile.TemporaryDirectory() as directory:
         try:
             trainer = build_trainer(options, implementation, heads, directory)
-            trainer.add_callback(LastStepOfEachLength(report))
+            trainer.add_callback((RealSteps if options.real else LastStepOfEachLength)(report))
             trainer.train()
         except torch.OutOfMemoryError:
             report("OOM", "")
+            if options.real:
+                raise
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world_size", type=int, default=8)
+    parser.add_argument("--world_size", type=int, default=8, help="where it is simulated")
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
@@ -133,10 +178,18 @@ def main():
         from tests.worker import allow_fsdp_on_cpu  # accelerate by itself would not shard there
 
         allow_fsdp_on_cpu()
-    become_rank_0_of(options.world_size, options.fsdp)
+    options.real = "LOCAL_RANK" in os.environ  # accelerate launch started this process, as one of a group
+    options.steps = REAL_STEPS if options.real else STEPS
+    if options.real and "FSDP_VERSION" not in os.environ:
+        parser.error("under accelerate launch give a configuration with FSDP, such as configs/fsdp2.yaml")
+    if options.real:
+        options.world_size, options.fsdp = int(os.environ["WORLD_SIZE"]), int(os.environ["FSDP_VERSION"])
+    else:
+        become_rank_0_of(options.world_size, options.fsdp)
     if options.limit_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.limit_gib * GIB / total, 0)
+        device = int(os.environ["LOCAL_RANK"])
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.limit_gib * GIB / total, device)
     source = origin()
     # hf first: Liger's kernels stay in transformers, for every model that is made after them.
     for implementation in sorted(options.implementations, key=IMPLEMENTATIONS.index):

@@ -2,12 +2,16 @@
 
 import csv
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+COLUMNS = "stage heads batch_size world_size length implementation options group peak_gib resting_gib step_time_s "
+COLUMNS += "tokens_per_s useful_tflops mfu gpu versions commit command"
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import weakref
@@ -35,21 +39,22 @@ memory.main()
 """
 
 
-def run(*flags):
+def start(*flags, **variables):
     paths = (ROOT / "tests", ROOT / "benchmark", ROOT)
-    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "ACCELERATE_USE_CPU": "true"} | variables
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", SCRIPT, "--smoke", *map(str, flags)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_one_rank_of_eight(stage, tmp_path):
     out = tmp_path / "memory.csv"
     flags = ["--heads", "1", "2", "--lengths", "16", "32", "48", "--implementations", "ours", "liger", "hf"]
-    done = run("--stage", stage, *flags, "--out", out)
-    assert done.returncode == 0, done.stderr[-3000:]
-    models = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("model ")]
+    process = start("--stage", stage, *flags, "--out", out)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    models = [line.split()[1:] for line in printed.splitlines() if line.startswith("model ")]
     # An eighth of all weights, the heads that are units, and no model of before is still in memory.
     assert models == [["1.0", units, "0"] for units in "000012"]
     with out.open() as file:
@@ -63,14 +68,40 @@ def test_one_rank_of_eight(stage, tmp_path):
                 lengths = {"16": "0.00", "32": "OOM"}
             expected += [(implementation, heads, length, peak) for length, peak in lengths.items()]
     assert measured == expected
-    columns = (
-        "stage heads batch_size world_size length implementation options peak_gib resting_gib gpu versions commit"
-    )
-    assert list(rows[0]) == [*columns.split(), "command"]
+    assert list(rows[0]) == COLUMNS.split()
+    assert all(row["group"] == "fake" and row["step_time_s"] == row["tokens_per_s"] == "" for row in rows)
     assert all(row["stage"] == str(stage) and row["world_size"] == "8" for row in rows)
     assert all(row["options"] == "fsdp2" and "torch " in row["versions"] for row in rows)
 
 
 def test_offloading_is_for_one_head_after_the_other():
-    done = run("--stage", 2, "--offload_activations")
-    assert done.returncode == 2 and "--implementations ours" in done.stderr
+    process = start("--stage", 2, "--offload_activations")
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "--implementations ours" in errors
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_real_group(stage, tmp_path):
+    """Two ranks, as accelerate launch starts them: both train, and one writes."""
+    out = tmp_path / "real.csv"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    variables |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    flags = ("--stage", stage, "--heads", 1, "--lengths", 16, 24, "--implementations", "ours", "--out", out)
+    ranks = [start(*flags, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(2)]
+    printed = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed[0][1][-3000:]
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS.split() and [row["length"] for row in rows] == ["16", "24"]
+    for row, length in zip(rows, (16, 24), strict=True):
+        assert row["group"] == "real" and row["world_size"] == "2" and row["options"] == "fsdp2"
+        tokens = 2 * int(row["batch_size"]) * length  # of both ranks
+        assert float(row["tokens_per_s"]) == pytest.approx(tokens / float(row["step_time_s"]), rel=1e-3)
+    losses = [float(loss) for loss in re.findall(r"'head_1_loss': '?([0-9.]+)", printed[0][0] + printed[0][1])]
+    assert len(losses) == 4 and losses[-1] < losses[0]  # random weights that learn
