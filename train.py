@@ -276,14 +276,15 @@ def main():
     logger.info("saved to %s", training_args.output_dir)
 
 
+ADVICE = {
+    "if_interrupted": ": go on from the last checkpoint with --resume_from_checkpoint True",
+    "if_out_of_memory": "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
+    "--model_max_length or --medusa_num_heads; in stage 2 add --gradient_checkpointing True.",
+}
+
 if __name__ == "__main__":
     errors.end_with_launcher()
-    errors.run(
-        main,
-        if_interrupted=": go on from the last checkpoint with --resume_from_checkpoint True",
-        if_out_of_memory="Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
-        "--model_max_length or --medusa_num_heads; in stage 2 add --gradient_checkpointing True.",
-    )
+    errors.run(main, **ADVICE)
     if torch.distributed.is_initialized():  # after main's objects are gone, and all ranks together
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -42,7 +42,7 @@ def run(flags, log, environment, fsdp=0, at=None, gradients=None):
     if gradients:
         save_gradients(gradients)
     sys.argv = ["train.py", *flags]
-    errors.run(train.main)
+    errors.run(train.main, **train.ADVICE)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
