@@ -49,7 +49,9 @@ class AllAtOnceTrainer(MedusaTrainer):
         super().__init__(*args, **kwargs)
         self.one_by_one = False
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None:  # only the decoder's layers are units
+        # Only the decoder's layers are units. Under FSDP1 heads are too: a unit's weights are of one type there, and
+        # the root unit would have the frozen backbone's in bf16 and the heads' in fp32.
+        if plugin is not None and plugin.fsdp_version == 2:
             plugin.transformer_cls_names_to_wrap = list(self.medusa.backbone._no_split_modules)
 
 
