@@ -35,6 +35,7 @@ def attend(module, query, key, value, attention_mask, scaling, softcap=None, sli
         attention_mask, distance = (distance >= 0)[None, None], distance[None]
     else:
         distance = kwargs.get("distance")
+        key, value = (states[:, :, : attention_mask.shape[-1]] for states in (key, value))
     if sliding_window is not None:
         attention_mask = attention_mask & (distance < sliding_window)[:, None]
     groups = heads // key.shape[1]
@@ -94,13 +95,14 @@ class TreeCache(Cache):
             write(key_states, value_states, keys, values, self.length)
         else:
             places = self.length + torch.arange(count, device=keys.device)
-            index = places[:, None, :, None].expand_as(key_states)
-            keys.scatter_(2, index, key_states)
-            values.scatter_(2, index, value_states)
+            rows = torch.arange(batch, device=keys.device)[:, None]
+            keys[rows, :, places] = key_states.transpose(1, 2)
+            values[rows, :, places] = value_states.transpose(1, 2)
         return keys, values
 
     def move(self, source: torch.Tensor, target: torch.Tensor):
         """Copies what is at the places source `[B, m]` to target `[B, m]`, in all layers."""
-        shape = [*self.states.shape[:4], source.shape[1], self.states.shape[5]]
+        bits = self.states.view(torch.int16)  # to scatter bf16 on a CPU, torch 2.13 copies all of it, twice
+        shape = [*bits.shape[:4], source.shape[1], bits.shape[5]]
         source, target = (places[None, None, :, None, :, None].expand(shape) for places in (source, target))
-        self.states.scatter_(4, target, self.states.gather(4, source))
+        bits.scatter_(4, target, bits.gather(4, source))

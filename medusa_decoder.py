@@ -195,7 +195,9 @@ class Decoder:
         tree = self.tree
         if self.kernels:
             return {"attention_mask": None, "tree": (self.length, tree.ancestors, tree.depth)}
-        behind = self.places - self.length  # [B, S]: 0 is the root's place
+        # On a CPU only the filled part of the cache is read. On a GPU the host does not know how much that is.
+        filled = int(self.length.max()) + self.nodes if self.device.type == "cpu" else None
+        behind = self.places[:filled] - self.length  # [B, S]: 0 is the root's place
         node = behind.clamp(0, self.nodes - 1)
         mine = tree.ancestors[:, node].transpose(0, 1) & ((behind >= 0) & (behind < self.nodes))[:, None]
         mask = (behind < 0)[:, None] | mine  # [B, n, S]

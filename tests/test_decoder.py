@@ -26,7 +26,7 @@ from transformers import (
 from backbone import context_length, rope_follows_length
 from decode_products import AllHeads, Products, sharing
 from errors import BadInput
-from medusa_attention import attend
+from medusa_attention import TreeCache, attend
 from medusa_decoder import Decoder, Sampling, answer_all
 from medusa_model import MedusaConfig, MedusaModel
 from medusa_tree import chain
@@ -328,6 +328,30 @@ def test_step_ms_is_a_time():
     decoder = Decoder(make_model(), bushy(3), 1, 40)
     assert 0 < decoder.step_ms(PROMPTS[0], 3) < 10_000
     assert int(decoder.length) == len(PROMPTS[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache(dtype):
+    """What a pass writes stands behind each row's length, and what is accepted moves, with sources and targets that
+    overlap; nothing else changes."""
+    layers, batch, heads, size, places = 2, 2, 3, 4, 20
+    cache, expected = TreeCache(layers, places, kernels=False), torch.zeros(layers, 2, batch, heads, places, size)
+    expected = expected.to(DEVICE, dtype)
+    for lengths, count in ((None, 6), ([3, 6], 5)):
+        cache.length = lengths and torch.tensor(lengths, device=DEVICE)[:, None]
+        for layer in range(layers):
+            new = torch.randn(2, batch, count, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
+            for row, start in enumerate(lengths or [0, 0]):
+                expected[layer, :, row, :, start : start + count] = new[:, row]
+            found = cache.update(*new, layer)
+            assert all(map(torch.equal, found, expected[layer] if lengths else new))
+    source, target = torch.tensor([[3, 5, 7], [6, 7, 9]], device=DEVICE), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    cache.move(source, target.to(DEVICE))
+    before = expected.clone()
+    for row, pairs in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
+        for old, new in zip(*pairs, strict=True):
+            expected[:, :, row, :, new] = before[:, :, row, :, old]
+    assert torch.equal(cache.states, expected)
 
 
 @pytest.mark.gpu

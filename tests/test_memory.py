@@ -80,8 +80,10 @@ def test_offloading_is_for_one_head_after_the_other():
     assert process.returncode == 2 and "--implementations ours" in errors
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_real_group(stage, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "fsdp", "implementation"), [(1, 2, "ours"), (2, 2, "ours"), (1, 1, "hf"), (1, 1, "ours")]
+)
+def test_a_real_group(stage, fsdp, implementation, tmp_path):
     """Two ranks, as accelerate launch starts them: both train, and one writes."""
     out = tmp_path / "real.csv"
     with socket.socket() as free:
@@ -89,10 +91,11 @@ def test_a_real_group(stage, tmp_path):
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     variables |= {
         "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
+        "FSDP_VERSION": str(fsdp),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_USE_ORIG_PARAMS": "true",
     }
-    flags = ("--stage", stage, "--heads", 1, "--lengths", 16, 24, "--implementations", "ours", "--out", out)
+    flags = ("--stage", stage, "--heads", 1, "--lengths", 16, 24, "--implementations", implementation, "--out", out)
     ranks = [start(*flags, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(2)]
     printed = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed[0][1][-3000:]
@@ -100,7 +103,7 @@ def test_a_real_group(stage, tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS.split() and [row["length"] for row in rows] == ["16", "24"]
     for row, length in zip(rows, (16, 24), strict=True):
-        assert row["group"] == "real" and row["world_size"] == "2" and row["options"] == "fsdp2"
+        assert row["group"] == "real" and row["world_size"] == "2" and row["options"] == f"fsdp{fsdp}"
         tokens = 2 * int(row["batch_size"]) * length  # of both ranks
         assert float(row["tokens_per_s"]) == pytest.approx(tokens / float(row["step_time_s"]), rel=1e-3)
     losses = [float(loss) for loss in re.findall(r"'head_1_loss': '?([0-9.]+)", printed[0][0] + printed[0][1])]
