@@ -18,8 +18,9 @@ ATTENTION = "medusa_tree"
 def attend(module, query, key, value, attention_mask, scaling, softcap=None, sliding_window=None, **kwargs):
     """Attention of a pass: query `[B, H, n, D]`, key and value `[B, H_kv, S, D]` (the whole cache) -> `[B, n, H, D]`.
 
-    attention_mask: `[B, 1, n, S]` bool; the query heads that share keys become rows of one product, so that keys are
-    read once and never repeated. Instead of a mask, `tree` (length, ancestors, depth): the same as a Triton kernel.
+    attention_mask: `[B, 1, n, S']` bool, S' <= S: keys behind its end are not read. The query heads that share keys
+    become rows of one product, so that keys are read once and never repeated. Instead of a mask, `tree` (length,
+    ancestors, depth): the same as a Triton kernel.
     With neither it is a prefill: causal, through torch's own kernels. Raises BadInput for attention sinks.
     """
     if kwargs.get("s_aux") is not None:

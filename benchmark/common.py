@@ -5,7 +5,7 @@
     ours    this project: train.py as it is
 
 All three compute the same losses of the same heads (the benchmarks compare them) with the same Trainer, data and
-optimiser. In a group of processes the first two leave the heads in FSDP's root unit, where those nobody names are.
+optimiser. In a group of processes the first two leave the heads in FSDP2's root unit, where those nobody names are.
 """
 
 import csv

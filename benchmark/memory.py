@@ -165,7 +165,7 @@ def main():
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--batch_size", type=int, default=4, help="conversations per GPU")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 1024 2048 4096 8192; --smoke: 32 64")
-    parser.add_argument("--fsdp", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--fsdp", type=int, choices=(1, 2), default=2, help="where it is simulated")
     parser.add_argument("--offload_activations", action="store_true", help="with --implementations ours only")
     parser.add_argument("--limit_gib", type=float, help="memory runs out here: a larger GPU stands for a smaller one")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to try the script itself")

@@ -120,9 +120,10 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
         return None
     picture, all_axes = panels(len(groups))
     highest = max(float(row["step_ms"]) for mine in groups.values() for row in mine)
+    numbers = sorted({int(row["heads"]) for mine in groups.values() for row in mine}, reverse=True)
     for axes, ((model, gpu, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
         mine = {(int(row["heads"]), int(row["nodes"])): row for row in sorted(mine, key=lambda row: int(row["nodes"]))}
-        plain = next((row for (_, nodes), row in mine.items() if nodes == 0), None)
+        plain = ([None] + [row for (_, nodes), row in mine.items() if nodes == 0])[-1]
         lines = {heads: [] for heads, _ in sorted(mine, reverse=True)}
         for (heads, nodes), row in mine.items():
             if nodes:
@@ -139,7 +140,7 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
         for i, (heads, points) in enumerate(lines.items()):
             x, ms, _ = zip(*(start + points), strict=True)
             label = f"{heads} head{'s' * (heads > 1)}, measured"
-            axes.plot(x, ms, color=COLORS[i % len(COLORS)], marker="o", ms=4, lw=1.8, label=label)
+            axes.plot(x, ms, color=COLORS[numbers.index(heads) % len(COLORS)], marker="o", ms=4, lw=1.8, label=label)
             for n, time, _ in points if plain else []:
                 at = (6, -3) if n == x[-1] else (0, 5) if i == 0 else None  # lines below the first: only at the end
                 if at:

@@ -41,7 +41,9 @@ def test_compare(start, tmp_path, stage, fsdp, shell):
     ]
 
 
-@pytest.mark.parametrize(("stage", "gpus", "counts"), [("1", 8, "1248"), ("1", 3, "12"), ("2", 8, "48"), ("2", 2, "")])
+@pytest.mark.parametrize(
+    ("stage", "gpus", "counts"), [("1", 8, "1248"), ("1", 3, "12"), ("2", 8, "48"), ("2", 5, "4")]
+)
 def test_scaling(start, stage, gpus, counts):
     commands = started(start("scaling", stage, gpus=gpus))
     assert [command.split("--num_processes ")[1][0] for command in commands] == list(counts)
@@ -49,14 +51,28 @@ def test_scaling(start, stage, gpus, counts):
 
 
 def test_smoke_needs_no_gpu_and_leaves_results_alone(start, tmp_path):
-    for command in started(start("compare", "1", "--smoke", gpus=0)):
+    commands = started(start("compare", "1", "--smoke", gpus=0))
+    assert len(commands) == 6
+    for command in commands:
         assert "configs/cpu.yaml --num_processes 2 benchmark/memory.py" in command and command.endswith("--smoke")
         assert f"--out {tmp_path}/tmp." in command
 
 
-def test_out_of_memory_in_one_measurement_does_not_end_the_others(start):
+def test_out_of_memory_in_one_measurement_does_not_end_the_others(start, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *hf*) exit 1 ;; esac\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    done = start("compare", "1", PYTHON=str(tmp_path / "python"))
+    assert done.returncode == 0 and done.stderr.count("this one failed") == 2 and done.stdout.count("ours") == 4
+
+
+def test_where_all_fail_the_script_does(start):
     done = start("compare", "1", PYTHON="false")
-    assert done.returncode == 0 and done.stderr.count("ended with status 1") == 6
+    assert done.returncode == 1 and done.stderr.endswith("no measurement succeeded\n")
+
+
+def test_hidden_gpus_do_not_count(start):
+    commands = started(start("compare", "1", CUDA_VISIBLE_DEVICES="0,3"))
+    assert len(commands) == 6 and all("--num_processes 2 " in command for command in commands)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,10 @@ def test_out_of_memory_in_one_measurement_does_not_end_the_others(start):
         (("compare", "3"), {}, "usage"),
         (("compare", "1", "--fast"), {}, "usage"),
         (("compare", "1"), {"FSDP": "3"}, "FSDP"),
-        (("compare", "1"), {"gpus": 1}, "found 1"),
+        (("compare", "1"), {"gpus": 1}, "there are 1"),
+        (("compare", "1"), {"NUM_GPUS": "9"}, "there are 8"),
+        (("compare", "1"), {"NUM_GPUS": "all"}, "'all'"),
+        (("scaling", "2"), {"gpus": 3}, "4 GPUs or more"),
         (("resume", "1"), {"MODEL": "nowhere"}, "nowhere"),
         (("resume", "1"), {"PYTHON": "false", "MODEL": "."}, "training failed"),
     ],

@@ -97,8 +97,12 @@ def test_a_real_group(stage, fsdp, implementation, tmp_path):
     }
     flags = ("--stage", stage, "--heads", 1, "--lengths", 16, 24, "--implementations", implementation, "--out", out)
     ranks = [start(*flags, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(2)]
-    printed = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed[0][1][-3000:]
+    try:
+        printed = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], [errors[-3000:] for _, errors in printed]
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == COLUMNS.split() and [row["length"] for row in rows] == ["16", "24"]
@@ -107,4 +111,4 @@ def test_a_real_group(stage, fsdp, implementation, tmp_path):
         tokens = 2 * int(row["batch_size"]) * length  # of both ranks
         assert float(row["tokens_per_s"]) == pytest.approx(tokens / float(row["step_time_s"]), rel=1e-3)
     losses = [float(loss) for loss in re.findall(r"'head_1_loss': '?([0-9.]+)", printed[0][0] + printed[0][1])]
-    assert len(losses) == 4 and losses[-1] < losses[0]  # random weights that learn
+    assert len(losses) == 4 and losses[1] < losses[0]  # random weights that learn; 0 and 1 are of one length
