@@ -117,13 +117,15 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
     rows = []
     for length in options.lengths:
         rows += random_rows(options.shape, length, 1) * (options.steps * options.batch_size * options.world_size)
-    meter = EfficiencyCallback(FlopCount.of(model), args.device, world_size=options.world_size)
+    meter = None
+    if options.real:
+        meter = EfficiencyCallback(FlopCount.of(model), args.device, world_size=options.world_size)
     trainer = trainer_class(implementation)(
         model=model,
         args=args,
         train_dataset=rows,
         data_collator=Collator(0),
-        meter=meter if options.real else None,
+        meter=meter,
     )
     if not options.real:
         trainer._stop_if_not_finite = lambda: None  # gathered weights are whatever was in memory: a NaN says nothing
@@ -135,13 +137,13 @@ def measure(options, implementation: str, heads: int, source: dict):
     lengths = iter(options.lengths)
 
     def report(peak: str, resting: str, logs: dict | None = None):
+        if int(os.environ["RANK"]) > 0:
+            return
         row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size}
         row |= {"world_size": options.world_size, "length": next(lengths), "implementation": implementation}
         row["options"] = f"fsdp{options.fsdp}" + " offload" * options.offload_activations
         row |= {"group": "real" if options.real else "fake", "peak_gib": peak, "resting_gib": resting}
         row |= {key: f"{logs[key]:.5g}" if key in (logs or {}) else "" for key in SPEED} | source
-        if int(os.environ["RANK"]) > 0:
-            return
         print(*(f"{key} {value}" for key, value in row.items() if key not in source), sep=", ", flush=True)
         if options.out:
             append(options.out, row)

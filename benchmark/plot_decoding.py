@@ -123,11 +123,12 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
     numbers = sorted({int(row["heads"]) for mine in groups.values() for row in mine}, reverse=True)
     for axes, ((model, gpu, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
         mine = {(int(row["heads"]), int(row["nodes"])): row for row in sorted(mine, key=lambda row: int(row["nodes"]))}
-        plain = ([None] + [row for (_, nodes), row in mine.items() if nodes == 0])[-1]
-        lines = {heads: [] for heads, _ in sorted(mine, reverse=True)}
+        plain, lines = None, {heads: [] for heads, _ in sorted(mine, reverse=True)}
         for (heads, nodes), row in mine.items():
             if nodes:
                 lines[heads].append((nodes, float(row["step_ms"]), row))
+            else:
+                plain = row
         lines = {heads: points for heads, points in lines.items() if points}
         start = [(0, float(plain["step_ms"]), plain)] if plain else []
         nodes, _, most = zip(*(start + next(iter(lines.values()), [])), strict=True)

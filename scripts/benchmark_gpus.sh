@@ -15,11 +15,7 @@
 #   MODEL=models/SmolLM2-135M-Instruct    what `resume` trains (scripts/quickstart.sh makes it)
 set -eu
 cd "$(dirname "$0")/.."
-
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
+. scripts/gpus.sh
 
 WHAT="${1:-}" STAGE="${2:-}" SMOKE="${3:-}"
 case "$WHAT,$STAGE,$SMOKE" in
@@ -34,12 +30,7 @@ if [ -n "$SMOKE" ]; then
     TRAIN="--max_steps 4 --save_steps 2 --per_device_train_batch_size 1 --model_max_length 64"
     SAVED=2
 else
-    FOUND=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-    if [ "$FOUND" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # nvidia-smi lists those that are hidden too
-        FOUND=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || true)
-    fi
-    NUM_GPUS="${NUM_GPUS:-$FOUND}"
-    case "$NUM_GPUS" in '' | *[!0-9]* | 0?*) fail "NUM_GPUS must be a number, not '$NUM_GPUS'" ;; esac
+    find_gpus
     NEEDED=2
     if [ "$WHAT,$STAGE" = scaling,2 ]; then NEEDED=4; fi # 171 GB of weights, gradients and moments
     if [ "$NUM_GPUS" -lt "$NEEDED" ] || [ "$NUM_GPUS" -gt "$FOUND" ]; then

@@ -17,13 +17,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
-need_number() { # name, value
-    case "$2" in '' | *[!0-9]* | 0?*) fail "$1 must be a number, not '$2'" ;; esac
-}
+. scripts/gpus.sh
 
 MODEL="${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct}"
 DATA_PATH="${DATA_PATH:-Aeala/ShareGPT_Vicuna_unfiltered}" # a Hub dataset, or a .json or .jsonl file
@@ -58,12 +52,7 @@ case "$STAGE1" in
 esac
 OUTPUT_DIR="${OUTPUT_DIR:-out/llama3_8b_medusa_stage$STAGE}"
 
-FOUND=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-if [ "$FOUND" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # nvidia-smi lists those that are hidden too
-    FOUND=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || true)
-fi
-NUM_GPUS="${NUM_GPUS:-$FOUND}"
-need_number NUM_GPUS "$NUM_GPUS"
+find_gpus
 if [ "$NUM_GPUS" -lt 1 ]; then
     fail "no NVIDIA GPU found (nvidia-smi -L lists none), and an 8B model needs one of 80 GB for 5 heads." \
         "Without a GPU try: bash scripts/quickstart.sh"

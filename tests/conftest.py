@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import sys
 from pathlib import Path
 
@@ -101,6 +102,13 @@ def make_conversations(count: int, seed=0, longest=12) -> list[dict]:
         {"messages": [{"role": roles[i % 2], "content": say()} for i in range(2 * rng.randint(1, 3))]}
         for _ in range(count)
     ]
+
+
+def rendezvous() -> dict[str, str]:
+    """Where the processes of a group meet, as environment variables: a port of this machine that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def write_jsonl(path, records) -> str:

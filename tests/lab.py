@@ -6,7 +6,6 @@ The processes are forked from one that has imported everything (worker.py), talk
 import json
 import multiprocessing
 import shutil
-import socket
 import time
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -20,6 +19,7 @@ from conftest import (
     make_conversations,
     make_tokenizer,
     randomise,
+    rendezvous,
     weights,
     write_jsonl,
 )
@@ -85,10 +85,7 @@ class Lab:
         self.count += 1
         out = out or self.root / f"run-{self.count}"
         world, fsdp = KINDS[kind]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        common = rendezvous() | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         processes, logs = [], [self.root / f"run-{self.count}.{rank}.log" for rank in range(world)]
         for rank, log in enumerate(logs):
             variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}

@@ -3,12 +3,12 @@
 import csv
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import rendezvous
 
 COLUMNS = "stage heads batch_size world_size length implementation options group peak_gib resting_gib step_time_s "
 COLUMNS += "tokens_per_s useful_tflops mfu gpu versions commit command"
@@ -86,10 +86,8 @@ def test_offloading_is_for_one_head_after_the_other():
 def test_a_real_group(stage, fsdp, implementation, tmp_path):
     """Two ranks, as accelerate launch starts them: both train, and one writes."""
     out = tmp_path / "real.csv"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    variables |= {
+    variables = rendezvous() | {
+        "WORLD_SIZE": "2",
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": str(fsdp),
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
