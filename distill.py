@@ -21,14 +21,14 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, set_seed
 
-import errors
-from backbone import context_length, load_backbone
-from chat_data import load_tokenizer
-from errors import BadInput
-from medusa_checkpoint import write_atomically
-from medusa_decoder import answer_all
+from common import errors, terminal
+from common.errors import BadInput
+from common.files import write_atomically
+from conversations.prompts import read_prompts, tokenise
+from conversations.tokenizer import load_tokenizer
+from decoding.answers import answer_all
 from medusa_model import MedusaConfig, MedusaModel
-from prompts import end_tokens, read_prompts, tokenise
+from model.backbone import context_length, end_tokens, load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def to_text(answer: list[int], ends: set[int], tokenizer) -> tuple[str, str]:
 
 
 def main():
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    terminal.start()
     try:
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     except ValueError as error:  # an unknown flag
@@ -123,7 +123,10 @@ def main():
     left = [ids[number] for number in asked[done:]]
     answers = answer_all(model, left + filling, args.max_new_tokens, batch_size, ends, args.temperature)
     kinds = Counter()
-    with open(output, "a", encoding="utf-8") as file, tqdm(total=len(asked), initial=done, unit="prompt") as bar:
+    with (
+        open(output, "a", encoding="utf-8") as file,
+        tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar,
+    ):
         for place, number in enumerate(asked[done:], done):
             if place % batch_size == 0:  # the next answer begins a batch
                 file.flush()

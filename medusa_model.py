@@ -12,20 +12,20 @@ head 0 and predicts t + 1. A head is n ResBlocks and a projection to the vocabul
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import ModelOutput
 
-from backbone import check_backbone, load_backbone
-from errors import BadInput
-from medusa_checkpoint import HEADS_DIR, find_heads, load_heads, save_heads
-from medusa_loss import IGNORE, choose_impl, linear_cross_entropy, shifted_targets
+from common.errors import BadInput
+from conversations.targets import shifted_targets
+from model.backbone import check_backbone, load_backbone
+from model.heads import HeadLoss, MedusaHead, cap, projection_loss
+from model.heads_file import HEADS_DIR, find_heads, load_heads, save_heads
+from model.loss import choose_impl
 
 
 class MedusaConfig(PreTrainedConfig):
@@ -43,87 +43,6 @@ class MedusaConfig(PreTrainedConfig):
         keys = ("model_type", "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path")
         fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
         return fields | {"transformers_version": transformers.__version__}
-
-
-class ResBlock(nn.Module):
-    """x + SiLU(W x + b), `[..., H]` -> `[..., H]`. W and b start at zero: an untrained block changes nothing."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, hidden_size)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + F.silu(self.linear(x))
-
-
-class HeadLoss(NamedTuple):
-    """One head on one batch: summed loss (fp32 scalar), right top-1 guesses (int64 scalar), number of rows.
-
-    A tuple, so that FSDP finds the tensors in a head's output and hangs its hooks on them.
-    """
-
-    loss_sum: torch.Tensor
-    correct: torch.Tensor
-    rows: int
-
-    def add_to(self, sums: torch.Tensor):
-        """Adds the three to `sums` `[3]`, float64: exact for counts, and no copy from the host for `rows`."""
-        sums[0] += self.loss_sum.detach()
-        sums[1] += self.correct
-        sums[2] += self.rows
-
-
-def projection_loss(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor,
-    impl: str,
-    softcap: float | None,
-    blocks: nn.Module | None = None,
-) -> HeadLoss:
-    """Loss of hidden `[B, T, H]` against targets `[B, T]`, only on the rows that count (target not IGNORE).
-
-    A prompt, padding or the end of a conversation gives no row, and none of its products is computed.
-    """
-    targets = targets.flatten()
-    index = targets.ne(IGNORE).nonzero()[:, 0]
-    rows = hidden.flatten(0, 1).index_select(0, index)
-    if blocks is not None:
-        rows = blocks(rows)
-    loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
-    return HeadLoss(loss_sum, correct, len(index))
-
-
-class MedusaHead(nn.Sequential):
-    """n ResBlocks and a projection. Its parameters are named as servers expect: `{l}.linear.weight`,
-    `{l}.linear.bias` and `{n}.weight`.
-
-    The loss is computed in here, not by the caller, so that under FSDP a head can be a unit of its own whose
-    weights are whole only while it runs.
-    """
-
-    def __init__(self, hidden_size: int, vocab_size: int, num_layers: int):
-        blocks = [ResBlock(hidden_size) for _ in range(num_layers)]  # not [block] * n: that shares one block
-        super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))
-
-    def forward(self, hidden, targets=None, impl="torch", softcap=None):
-        """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
-        *blocks, projection = self
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(projection.weight.dtype)  # a bf16 backbone under fp32 heads
-        if targets is not None:
-            return projection_loss(hidden, targets, projection.weight, impl, softcap, nn.Sequential(*blocks))
-        return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
-
-
-def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Gemma 2's bound on the logits; nothing for everybody else."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 @dataclass
@@ -232,10 +151,6 @@ class MedusaModel(PreTrainedModel):
 
     def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
         """`[B, T]` -> `[B, T, H]`, what all heads read: the decoder's output after its last norm."""
-        return self.decode(input_ids, attention_mask, position_ids)
-
-    def decode(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
-        # Apart from last_hidden_state, which under FSDP2 first gathers the root's weights: in forward they are whole.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             return self.backbone.get_decoder()(
                 input_ids=input_ids,
@@ -265,13 +180,15 @@ class MedusaModel(PreTrainedModel):
         output_hidden: bool = False,
     ) -> MedusaOutput:
         """All `[B, T]`. Every head forward, then one backward by the caller: the plain form of the training step
-        (`medusa_trainer` runs one head after the other instead, where it can).
+        (training/trainer.py runs one head after the other instead, where it can).
 
         head_weights: K+1 weights of the heads in the loss. Default: 1, and 0 for head 0 where the backbone is frozen;
             head 0 is not computed if its weight is 0.
         rows: `[K+1]` row counts to divide by, those of the whole optimiser step, at least 1 (default: this batch's).
         """
-        hidden = self.decode(input_ids, attention_mask, position_ids)
+        # The class's own function: under FSDP2 that of the instance gathers the root unit's weights first
+        # (training/fsdp.py), and in here they are whole already.
+        hidden = MedusaModel.last_hidden_state(self, input_ids, attention_mask, position_ids)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
         if labels is None:

@@ -3,7 +3,7 @@
     python benchmark/head_loss.py --out benchmark/results/head_loss.csv
 
 hidden `[rows, 4096]`, weight `[128256, 4096]`, bf16, every row a target. Plain torch with all logits, Liger's kernel
-with its own chunks and with larger ones, and plain torch in chunks (`impl` of medusa_loss.py).
+with its own chunks and with larger ones, and plain torch in chunks (`impl` of model/loss.py).
 
     ms           median time of --repeats passes
     tflops       TFLOP/s of the three products that are needed, 6 x rows x V x H
@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 import torch
-from common import CHUNK_ROWS, LLAMA3_8B, TINY, append, origin
+from setting import CHUNK_ROWS, LLAMA3_8B, TINY, append, origin
 
-import medusa_loss
+import model.loss
 from callback import GIB
-from medusa_loss import choose_impl, chunk_mem_const, linear_cross_entropy
+from model.loss import choose_impl, chunk_mem_const, linear_cross_entropy
 
 ROWS, CHUNKS = (4096, 8192, 16384), (1024, 2048, 4096, 8192)
 SMOKE_ROWS, SMOKE_CHUNKS = (64, 128), (16, 32)
@@ -66,7 +66,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def liger_chunk(asked: int, rows: int, shape: dict) -> int:
-    """Rows in Liger's chunks if CHUNK_ROWS is `asked`: what medusa_loss.py makes of it, then what Liger does."""
+    """Rows in Liger's chunks if CHUNK_ROWS is `asked`: what model/loss.py makes of it, then what Liger does."""
     vocab, size = shape["vocab_size"], shape["hidden_size"]
     chunks = -(-vocab // (chunk_mem_const(rows, vocab, size, asked) * size))
     return min(rows, 2 ** (-(-rows // chunks) - 1).bit_length())
@@ -135,7 +135,7 @@ def main():
         inputs = make_inputs(shape, rows, device)
         expected = reference(*inputs)
         for name, impl, asked, chunk in candidates(rows, shape, SMOKE_CHUNKS if options.smoke else CHUNKS, device):
-            medusa_loss.CHUNK_ROWS = asked
+            model.loss.CHUNK_ROWS = asked
             row = {"rows": rows, "implementation": name, "chunk_rows": chunk}
             try:
                 row |= compare(inputs, expected, impl, options.repeats)

@@ -10,7 +10,7 @@ times, and NCCL's own buffers (about 1 GiB, by its settings) come on top. LLaMA-
 The second is real: random weights, which each rank makes of its shards. The peak is that of the rank with the highest;
 tokens_per_s is that of all GPUs together, useful_tflops and mfu are per GPU. FSDP1 or 2 is what the launcher says.
 
-Each implementation (benchmark/common.py) with each number of heads trains two optimiser steps at each length in turn;
+Each implementation (benchmark/setting.py) with each number of heads trains two optimiser steps at each length in turn;
 in a real group eight, of which the last four count. A row has the peak of the last steps at its length, in GiB, and
 what is held between steps: the first step of all makes Adam's moments. Where memory runs out, the row says OOM, and
 the next combination follows; in a real group, where other ranks may wait for this one, the run ends there (and the
@@ -25,17 +25,17 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from common import IMPLEMENTATIONS, append, choose_implementation, origin, random_rows, set_sizes, trainer_class
+from setting import IMPLEMENTATIONS, append, choose_implementation, origin, random_rows, set_sizes, trainer_class
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, TrainerCallback
 
-from arguments import TrainingArguments
-from backbone import empty_backbone
-from batches import Collator
 from callback import GIB, EfficiencyCallback, FlopCount
-from medusa_fsdp import local
+from conversations.batches import Collator
 from medusa_model import MedusaConfig, MedusaModel
-from medusa_trainer import MedusaTrainer
+from model.backbone import empty_backbone
+from training.arguments import TrainingArguments
+from training.fsdp import local
+from training.trainer import MedusaTrainer
 
 STEPS, REAL_STEPS, TIMED = 2, 8, 4  # per length
 SPEED = ("step_time_s", "tokens_per_s", "useful_tflops", "mfu")

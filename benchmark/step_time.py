@@ -27,15 +27,15 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
-import common
+import setting
 import torch
 
-from errors import first_line
-from medusa_decoder import Decoder
+from common.errors import first_line
+from decoding.decoder import Decoder
+from decoding.tree import Choices, best_tree, independent
 from medusa_model import MedusaModel
-from medusa_tree import Choices, best_tree, independent
 
-MODELS = {"llama3_8b": common.LLAMA3_8B, "tiny": common.TINY}
+MODELS = {"llama3_8b": setting.LLAMA3_8B, "tiny": setting.TINY}
 # Heads 1 to 5 on Vicuna: the right token is the best guess, or among the five best.
 TOP1 = (0.560, 0.316, 0.201, 0.147, 0.118)
 TOP5 = (0.780, 0.563, 0.417, 0.340, 0.300)
@@ -125,13 +125,13 @@ def main():
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = options.passes or (50 if device.type == "cuda" else 3)
-    origin, speed = common.origin(), bandwidth(device)
+    origin, speed = setting.origin(), bandwidth(device)
     torch.cuda.empty_cache()  # a copy's 2 GiB
-    model = common.random_model(MODELS[options.model], most, 1, torch.bfloat16, device)
+    model = setting.random_model(MODELS[options.model], most, 1, torch.bfloat16, device)
     weights = weight_bytes(model)
     failed = 0
     for length in options.length:
-        (row,) = common.random_rows(MODELS[options.model], length, 1)
+        (row,) = setting.random_rows(MODELS[options.model], length, 1)
         plain = None
         for (heads, nodes), choices in trees.items():
             ms, error, read = None, "", heads_bytes(model, choices)
@@ -162,7 +162,7 @@ def main():
                 "cache_gb": f"{cache_bytes(model, length, options.batch_size) / 1e9:.6f}",
                 "error": error,
             }
-            common.append(options.out, figures | {key: origin[key] for key in ("gpu", "versions", "command")})
+            setting.append(options.out, figures | {key: origin[key] for key in ("gpu", "versions", "command")})
             keys = ("length", "heads", "nodes", "step_ms", "ratio_to_plain", "floor_ms", "heads_floor_ms", "error")
             print(*(f"{key} {figures[key]}" for key in keys if figures[key] != ""), flush=True)
     if failed:

@@ -21,14 +21,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
+import setting
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from arguments import TrainingArguments
-from batches import Collator
 from callback import EfficiencyCallback, FlopCount
-from chat_data import load_conversations, load_tokenizer, prepare
+from conversations.batches import Collator
+from conversations.rows import prepare
+from conversations.sources import load_conversations
+from conversations.tokenizer import load_tokenizer
+from training.arguments import TrainingArguments
 
 # How far the same work may differ, relative, between implementations in bf16. The later losses follow from all earlier
 # gradients; without a head's gradient they would stay at ln(128256) = 11.8.
@@ -117,14 +119,14 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         disable_tqdm=True,
         dataloader_num_workers=0 if data == "random" else 4,
     )
-    model = common.random_model(options.shape, heads, options.stage, torch.bfloat16, device)
-    common.choose_implementation(model, implementation, device)
+    model = setting.random_model(options.shape, heads, options.stage, torch.bfloat16, device)
+    setting.choose_implementation(model, implementation, device)
     if options.fp8_backbone:
-        from fp8 import use_fp8
+        from training.fp8 import use_fp8
 
         use_fp8(model.backbone, device)
     meter = EfficiencyCallback(FlopCount.of(model), device, warmup_steps=options.warmup)
-    trainer = common.trainer_class(implementation)(
+    trainer = setting.trainer_class(implementation)(
         model=model,
         args=args,
         train_dataset=rows,
@@ -176,7 +178,7 @@ def differences(rows: list[dict]) -> list[str]:
 
 def random_tokens(options, length: int) -> dict:
     """The same batch in each step, so that losses fall; the one entry of what `conversations` has several of."""
-    batch = common.random_rows(options.shape, length, options.batch_size)
+    batch = setting.random_rows(options.shape, length, options.batch_size)
     return {"random": batch * (options.warmup + options.steps)}
 
 
@@ -195,7 +197,9 @@ def conversations(options, length: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    parser.add_argument("--implementations", nargs="+", choices=common.IMPLEMENTATIONS, default=common.IMPLEMENTATIONS)
+    parser.add_argument(
+        "--implementations", nargs="+", choices=setting.IMPLEMENTATIONS, default=setting.IMPLEMENTATIONS
+    )
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 1024 2048 4096 8192; --smoke: 32 64")
     parser.add_argument("--batch_size", type=int, default=4)
@@ -219,7 +223,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a model of 30,000 weights, to try the script itself")
     parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
     options = parser.parse_args()
-    common.set_sizes(options)
+    setting.set_sizes(options)
     if bool(options.data_path) != bool(options.tokenizer):
         parser.error("--data_path and --tokenizer go together")
     if options.fp8_backbone and options.stage == 2:
@@ -233,7 +237,7 @@ def main():
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    everywhere = ceilings(device) | {"steps": options.steps} | common.origin()
+    everywhere = ceilings(device) | {"steps": options.steps} | setting.origin()
     make = conversations if options.data_path else random_tokens
     sets, measured = {length: make(options, length) for length in options.lengths}, []
     for implementation in options.implementations:
@@ -253,7 +257,7 @@ def main():
                     row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size, "length": length}
                     row |= {"data": data, "implementation": implementation, "options": what}
                     row |= figures | everywhere
-                    common.append(options.out, row)
+                    setting.append(options.out, row)
                     measured.append(row)
                     keys = ("heads", "length", "data", "implementation", "options", "step_time_s", "useful_tflops")
                     print(*(row[key] for key in keys), row["peak_gib"], flush=True)

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+ROOT = Path(__file__).parent.parent
 SPECIAL = {  # beginning of text, end of turn, and what else a template writes
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
     "chatml": ("<|im_start|>", "<|im_end|>", []),
@@ -65,9 +66,7 @@ def make_tokenizer(style: str, template: str | None = "file") -> PreTrainedToken
     tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=eos)
     if template == "file":
-        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        with open(os.path.join(here, "templates", f"{style}.jinja")) as file:
-            template = file.read()
+        template = (ROOT / "templates" / f"{style}.jinja").read_text()
     fast.chat_template = template
     return fast
 

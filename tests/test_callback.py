@@ -8,11 +8,11 @@ from conftest import make_backbone
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl
 
-from arguments import TrainingArguments
-from batches import Collator
 from callback import EfficiencyCallback, FlopCount, peak_tflops
+from conversations.batches import Collator
 from medusa_model import MedusaConfig, MedusaModel
-from medusa_trainer import MedusaTrainer, batch_counts
+from training.arguments import TrainingArguments
+from training.trainer import MedusaTrainer, batch_counts
 
 CPU = torch.device("cpu")
 

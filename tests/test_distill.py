@@ -13,10 +13,11 @@ from conftest import make_backbone, make_conversations, make_tokenizer, write_js
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
-import medusa_decoder
-from backbone import load_backbone
-from chat_data import load_conversations, prepare
-from errors import BadInput
+from common.errors import BadInput
+from conversations.rows import prepare
+from conversations.sources import load_conversations
+from decoding import answers
+from model.backbone import load_backbone
 
 PROMPTS = [chat["messages"][0]["content"] for chat in make_conversations(10)]
 ENDS = list(range(1, 320, 24))  # a random model hardly ever says one given token, so many end an answer
@@ -126,13 +127,13 @@ def test_a_resume_anywhere_equals_an_uninterrupted_run(max_prompt_length, temper
 
 def test_a_resumed_run_decodes_in_the_same_shapes(ask, monkeypatch):
     """On a GPU the sums of another shape round differently, and every row draws other noise."""
-    shapes, decoder = [], medusa_decoder.Decoder
+    shapes, original = [], answers.Decoder
 
     def note(model, choices, batch_size, max_length, *args):
         shapes.append((batch_size, max_length))
-        return decoder(model, choices, batch_size, max_length, *args)
+        return original(model, choices, batch_size, max_length, *args)
 
-    monkeypatch.setattr(medusa_decoder, "Decoder", note)
+    monkeypatch.setattr(answers, "Decoder", note)
     out = ask(batch_size=3)
     lines = out.read_text().split("\n")
     for kept in (4, 9):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
-from errors import BadInput
-from medusa_checkpoint import HEADS_FILE
+from common.errors import BadInput
+from conversations.prompts import tokenise
 from medusa_model import MedusaConfig, MedusaModel
-from prompts import tokenise
+from model.heads_file import HEADS_FILE
 
 HEADS = 3
 PROMPTS = ["why is the moon cold", "how", "salt water and bread"]
@@ -133,20 +133,6 @@ def test_prompts_from_a_file(stage1, monkeypatch, tmp_path):
     asked = ("--prompts", tmp_path / "prompts.txt", "--max_new_tokens", 3, "--nodes", 0)
     assert len(run(monkeypatch, stage1, *asked)["answers"]) == 3
     assert len(run(monkeypatch, stage1, *asked, "--limit", 2)["answers"]) == 2
-
-
-def test_pieces_come_with_the_pass_that_completes_them():
-    tokenizer = make_tokenizer("llama3")
-    ids = tokenizer("the moon 🌕 rises", add_special_tokens=False)["input_ids"]
-    lengths = [1] * (len(ids) - 1)
-    assert generate.pieces_of(ids, lengths, tokenizer, "") == "the moon 🌕 rises"
-    assert "\ufffd" not in generate.pieces_of(ids, lengths, tokenizer, "|")
-    assert generate.pieces_of(ids, [len(ids) - 1], tokenizer, "|").count("|") == 1
-
-
-def test_two_columns():
-    lines = generate.side_by_side("one two three\n\nfour", "a", 23).splitlines()
-    assert lines == ["one two    | a", "three      |", "           |", "four       |"]
 
 
 @pytest.mark.parametrize(

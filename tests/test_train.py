@@ -4,20 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import logged, make_backbone, make_conversations, make_tokenizer, saved_state, weights, write_jsonl
+from conftest import ROOT, logged, make_backbone, make_conversations, make_tokenizer, saved_state, weights, write_jsonl
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import train as script
-from arguments import TrainingArguments
-from errors import BadInput
+from common.errors import BadInput
 from medusa_model import MedusaModel
-from medusa_trainer import MedusaTrainer
+from training import build
+from training.arguments import TrainingArguments
+from training.trainer import MedusaTrainer
 
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 RUN = {"train_command.txt", "trainer_state.json"}
@@ -44,7 +44,7 @@ def assert_same(a, b, **tolerance):
 def test_the_command_line_leaves_exactly_these_files(stage, model_dir, data_file, tmp_path):
     """A process of its own, as a user starts it; the golden losses of this run are in tests/golden."""
     out = tmp_path / "out"
-    root = Path(__file__).parent.parent
+    root = ROOT
     command = [
         sys.executable, root / "train.py", "--model_name_or_path", model_dir, "--data_path", data_file,
         "--output_dir", out, "--medusa_only_heads", str(stage == 1), "--medusa_num_heads", "2",
@@ -260,7 +260,7 @@ def test_chat_template_flag(train, tmp_path):
     common = ("--model_name_or_path", backbone, "--max_steps", 1)
     with pytest.raises(BadInput, match="--chat_template"):
         train(*common)
-    template = Path(__file__).parent.parent / "templates" / "llama3.jinja"
+    template = ROOT / "templates" / "llama3.jinja"
     out = train(*common, "--chat_template", template)
     saved = transformers.AutoTokenizer.from_pretrained(out).chat_template
     assert saved.strip() == template.read_text().strip()
@@ -268,9 +268,9 @@ def test_chat_template_flag(train, tmp_path):
 
 def test_trust_remote_code_is_only_passed_when_asked_for(train, monkeypatch):
     seen = []
-    load = script.load_backbone
+    load = build.load_backbone
     monkeypatch.setattr(
-        script, "load_backbone", lambda *a, **kw: seen.append(kw["trust_remote_code"]) or load(*a, **kw)
+        build, "load_backbone", lambda *a, **kw: seen.append(kw["trust_remote_code"]) or load(*a, **kw)
     )
     train("--max_steps", 1, output="a")
     train("--max_steps", 1, "--trust_remote_code", True, output="b")

@@ -1,0 +1,122 @@
+"""What the benchmarks share: the model's shapes, the three implementations that are compared, and the CSVs.
+
+    hf      Hugging Face: plain torch, all logits of all heads at once, then one backward
+    liger   Liger's default: its kernels, its fused loss per head in its own chunks, all heads, then one backward
+    ours    this project: train.py as it is
+
+All three compute the same losses of the same heads (the benchmarks compare them) with the same Trainer, data and
+optimiser. In a group of processes the first two leave the heads in FSDP2's root unit, where those nobody names are.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+from transformers.models.llama import modeling_llama
+
+from common import provenance
+from medusa_model import MedusaConfig, MedusaModel
+from model import loss as head_loss
+from training.trainer import MedusaTrainer
+
+LLAMA3_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+LLAMA3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+LLAMA3_8B |= {"rope_theta": 500000.0, "tie_word_embeddings": False}
+TINY = LLAMA3_8B | {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+IMPLEMENTATIONS = ("hf", "liger", "ours")
+CHUNK_ROWS = head_loss.CHUNK_ROWS
+# Liger replaces these for the whole process, not for one model.
+PLAIN_LLAMA = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
+
+
+def set_sizes(options):
+    """`options.shape` and, if none were given, `options.lengths`: those of an 8B model, or small ones for --smoke."""
+    options.shape = TINY if options.smoke else LLAMA3_8B
+    options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
+
+
+class AllAtOnceTrainer(MedusaTrainer):
+    """`hf` and `liger`: every head forward, then one backward."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.one_by_one = False
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        # Only the decoder's layers are units. Under FSDP1 heads are too: a unit's weights are of one type there, and
+        # the root unit would have the frozen backbone's in bf16 and the heads' in fp32.
+        if plugin is not None and plugin.fsdp_version == 2:
+            plugin.transformer_cls_names_to_wrap = list(self.medusa.backbone._no_split_modules)
+
+
+def trainer_class(implementation: str) -> type[MedusaTrainer]:
+    return MedusaTrainer if implementation == "ours" else AllAtOnceTrainer
+
+
+def choose_implementation(model: MedusaModel, implementation: str, device: torch.device):
+    """The kernels of one of the three. Liger's own chunk size is what is left if we ask for the smallest."""
+    head_loss.CHUNK_ROWS = 1 if implementation == "liger" else CHUNK_ROWS
+    model.choose_kernels(implementation != "hf", device)
+
+
+def without_liger():
+    """Call it before a model is built: undoes what `choose_implementation` of an earlier one did."""
+    for name, value in PLAIN_LLAMA.items():
+        setattr(modeling_llama, name, value)
+
+
+def random_model(shape: dict, heads: int, stage: int, dtype: torch.dtype, device: torch.device) -> MedusaModel:
+    """A MedusaModel with random weights, made on `device`, the same for the same arguments.
+
+    The ResBlocks are random too: at zero, as heads start, it would not show if one were left out.
+    """
+    without_liger()
+    set_seed(0)
+    with torch.device(device):
+        backbone = AutoModelForCausalLM.from_config(
+            LlamaConfig(**shape), dtype=torch.bfloat16 if stage == 1 else dtype
+        )
+        model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=heads), dtype=dtype)
+    with torch.no_grad():
+        for *blocks, _ in model.medusa_heads:
+            for block in blocks:
+                block.linear.weight.normal_(std=shape["hidden_size"] ** -0.5)
+    if stage == 1:
+        model.freeze_backbone()
+    return model
+
+
+def random_rows(shape: dict, length: int, count: int) -> list[dict]:
+    """`count` conversations of random tokens in which every token but the first is a target; the same for all."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, shape["vocab_size"], (count, length), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens.tolist()]
+
+
+def origin() -> dict:
+    """The columns that say where a row comes from."""
+    origin = {"gpu": provenance.gpu(), "versions": provenance.versions(), "commit": provenance.commit()}
+    return origin | {"command": provenance.command()}
+
+
+def append(path: Path, row: dict):
+    """Adds one row to a CSV, at once, so that a run that is cut off leaves what it has measured. Raises SystemExit if
+    the file has other columns."""
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+        if columns != list(row):
+            sys.exit(f"{path} has other columns than this benchmark writes: give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)

@@ -1,0 +1,83 @@
+"""Tokenised conversations -> batches with little padding: packing, right padding, grouping by length."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from conversations.targets import IGNORE
+
+
+def pack(rows: dict, max_length: int) -> dict:
+    """Best fit: the longest conversation first, each into the fullest row it still fits; for datasets.map."""
+    bins: list[tuple[int, list[int]]] = []  # (tokens so far, conversations)
+    for index in sorted(range(len(rows["length"])), key=lambda i: -rows["length"][i]):
+        fits = [b for b, (used, _) in enumerate(bins) if used + rows["length"][index] <= max_length]
+        best = max(fits, key=lambda b: bins[b][0], default=None)
+        used, members = bins[best] if best is not None else (0, [])
+        placed = (used + rows["length"][index], [*members, index])
+        if best is None:
+            bins.append(placed)
+        else:
+            bins[best] = placed
+    packed = {
+        key: [[token for i in members for token in rows[key][i]] for _, members in bins]
+        for key in ("input_ids", "labels")
+    }
+    packed["position_ids"] = [[p for i in members for p in range(rows["length"][i])] for _, members in bins]
+    packed["length"] = [used for used, _ in bins]
+    return packed
+
+
+class Collator:
+    """Rows -> `input_ids`, `labels`, `attention_mask` `[B, T]`, padded on the right to the longest (a multiple of
+    8, for the matrix units); `position_ids` too if the rows are packed.
+
+    Padding is known by length, never by token id: where pad = EOS, a real end of turn stays a label. The mask is
+    there to count tokens; causal attention needs none for padding on the right, and is faster without.
+    """
+
+    def __init__(self, pad_token_id: int, pad_to: int | None = None):
+        self.pad_token_id, self.pad_to = pad_token_id, pad_to
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        longest = self.pad_to or -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
+        batch = {key: torch.full((len(rows), longest), value) for key, value in fill.items() if key in rows[0]}
+        batch["attention_mask"] = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["attention_mask"][i, :length] = 1
+            for key in fill.keys() & row.keys():
+                batch[key][i, :length] = torch.tensor(row[key])
+        return batch
+
+
+class LengthGroupedSampler(Sampler):
+    """Random order in which the rows of one optimiser step have about the same length, so that little is padding.
+
+    Rows are shuffled, cut into pools of 50 steps, sorted by length inside a pool, cut into steps, and the steps
+    shuffled. Depends on seed and epoch alone, so that a resumed run draws the same batches.
+    """
+
+    def __init__(self, lengths: list[int], rows_per_step: int, seed: int):
+        self.lengths, self.rows_per_step, self.seed, self.epoch = lengths, rows_per_step, seed, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        pool = 50 * self.rows_per_step
+        order = [
+            i
+            for start in range(0, len(order), pool)
+            for i in sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
+        ]
+        whole = len(order) // self.rows_per_step
+        for step in torch.randperm(whole, generator=generator).tolist() + [whole]:  # a rest, if any, comes last
+            yield from order[step * self.rows_per_step : (step + 1) * self.rows_per_step]

@@ -1,0 +1,110 @@
+"""What decoding puts into transformers' model: attention over a tree, a cache that can be tidied up, fast products."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from common.errors import BadInput
+from decoding.kernels import tree_attention, write
+from decoding.products import FewRowsLinear, Products
+from medusa_model import MedusaModel
+from model.heads import cap
+
+ATTENTION = "medusa_tree"
+
+
+def attend(module, query, key, value, attention_mask, scaling, softcap=None, sliding_window=None, **kwargs):
+    """Attention of a pass: query `[B, H, n, D]`, key and value `[B, H_kv, S, D]` (the whole cache) -> `[B, n, H, D]`.
+
+    attention_mask: `[B, 1, n, S']` bool, S' <= S: keys behind its end are not read. The query heads that share keys
+    become rows of one product, so that keys are read once and never repeated. Instead of a mask, `tree` (length,
+    ancestors, depth): the same as a Triton kernel.
+    With neither it is a prefill: causal, through torch's own kernels. Raises BadInput for attention sinks.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise BadInput("this backbone has attention sinks, and decoding does not know them: its text would be wrong")
+    batch, heads, length, size = query.shape
+    if "tree" in kwargs:
+        return tree_attention(query, key, value, *kwargs["tree"], scaling, softcap, sliding_window), None
+    if attention_mask is None:
+        if softcap is None and (sliding_window is None or length <= sliding_window):
+            return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+        place = torch.arange(length, device=query.device)
+        distance = place[:, None] - place
+        attention_mask, distance = (distance >= 0)[None, None], distance[None]
+    else:
+        distance = kwargs.get("distance")
+        key, value = (states[:, :, : attention_mask.shape[-1]] for states in (key, value))
+    if sliding_window is not None:
+        attention_mask = attention_mask & (distance < sliding_window)[:, None]
+    groups = heads // key.shape[1]
+    scores = query.reshape(batch, -1, groups * length, size) @ key.mT * scaling
+    if softcap is not None:
+        scores = cap(scores, softcap)
+    scores = scores.view(batch, -1, groups, length, key.shape[2]).float()
+    scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf).softmax(-1).to(value.dtype)
+    out = scores.view(batch, -1, groups * length, key.shape[2]) @ value
+    return out.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+@contextmanager
+def decoding(model: MedusaModel, products: list[Products]):
+    """Puts `attend`, which knows nothing of padding masks, and the products of `sharing` into the backbone, and takes
+    them out again."""
+    attention = model.backbone.config._attn_implementation
+    if attention == ATTENTION:
+        raise RuntimeError("a decoder of this model has not ended yet: exhaust or close its run() first")
+    model.backbone.set_attn_implementation(ATTENTION)
+    for together in products:
+        for layer in together.layers:
+            layer.__class__, layer.products = FewRowsLinear, together
+    try:
+        yield
+    finally:
+        model.backbone.set_attn_implementation(attention)
+        for together in products:
+            for layer in together.layers:
+                layer.__class__ = nn.Linear
+                del layer.products
+
+
+class TreeCache(Cache):
+    """Keys and values of all layers in one tensor `[layers, 2, B, H_kv, S, D]`, so that moving the accepted ones is
+    one operation. Each row of the batch has a length of its own, `[B, 1]`, behind which a pass writes; None: prefill.
+    """
+
+    def __init__(self, num_layers: int, max_length: int, kernels: bool):
+        super().__init__(layers=[])
+        self.num_layers, self.max_length, self.kernels = num_layers, max_length, kernels
+        self.states = self.length = None
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Writes `[B, H_kv, n, D]` and returns the whole cache; in a prefill what it was given."""
+        batch, heads, count, size = key_states.shape
+        if self.states is None:
+            self.states = key_states.new_zeros(self.num_layers, 2, batch, heads, self.max_length, size)
+        keys, values = self.states[layer_idx]
+        if self.length is None:
+            keys[:, :, :count], values[:, :, :count] = key_states, value_states
+            return key_states, value_states
+        if self.kernels:
+            write(key_states, value_states, keys, values, self.length)
+        else:
+            places = self.length + torch.arange(count, device=keys.device)
+            rows = torch.arange(batch, device=keys.device)[:, None]
+            keys[rows, :, places] = key_states.transpose(1, 2)
+            values[rows, :, places] = value_states.transpose(1, 2)
+        return keys, values
+
+    def move(self, source: torch.Tensor, target: torch.Tensor):
+        """Copies what is at the places source `[B, m]` to target `[B, m]`, in all layers."""
+        bits = self.states.view(torch.int16)  # to scatter bf16 on a CPU, torch 2.13 copies all of it, twice
+        shape = [*bits.shape[:4], source.shape[1], bits.shape[5]]
+        source, target = (places[None, None, :, None, :, None].expand(shape) for places in (source, target))
+        bits.scatter_(4, target, bits.gather(4, source))

@@ -1,0 +1,175 @@
+"""Which guesses should one pass of the backbone check? Draft trees: found, read, written, and laid out as tensors.
+
+A tree is a list of rank paths, known as `medusa_choices`: `[0, 1]` is head 1's best token, then head 2's second best.
+The root, the token the backbone itself has just chosen, is not in the list: with a tree of N nodes one pass checks
+N + 1 tokens. It yields on average 1 + the sum, over the tree's paths, of the chance that the whole path is right: the
+expected acceptance length.
+"""
+
+import csv
+import heapq
+import json
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from common.errors import BadInput
+from common.files import read_json, write_atomically
+
+logger = logging.getLogger(__name__)
+
+Choices = list[tuple[int, ...]]  # sorted by (length, path)
+Chance = Callable[[tuple[int, ...]], float]  # that all of a path is right; never more than its parent's
+
+
+def check(choices, num_heads: int | None = None, source: str = "the tree") -> Choices:
+    """A tree of unknown origin, in order; `[]`, plain decoding, is one too. Raises BadInput if it is no list of rank
+    paths, repeats a path, lacks a path's parent, or asks for more heads than there are."""
+    if not isinstance(choices, (list, tuple)):
+        raise BadInput(f"{source} must be a list of paths such as [[0], [1], [0, 0]], not {str(choices)[:80]!r}")
+    for i, path in enumerate(choices, start=1):
+        if not (path and isinstance(path, (list, tuple)) and all(type(rank) is int and rank >= 0 for rank in path)):
+            ranks_only = "must be a list of one or more ranks, whole numbers from 0, such as [0, 1]"
+            raise BadInput(f"{source}: path {i} of {len(choices)} {ranks_only}, not {str(path)[:80]!r}")
+    tree = []
+    for path in sorted(sorted(map(tuple, choices)), key=len):
+        problem, parent = None, path[:-1]
+        if num_heads is not None and len(path) > num_heads:
+            problem = f"a path of depth {len(path)} ({[*path]}), but there are {num_heads} heads: leave it out"
+        elif tree and path == tree[-1]:
+            problem = f"the path {[*path]} twice: leave one out"
+        elif parent and parent not in tree:
+            problem = f"the path {[*path]} without its parent {[*parent]}: add the parent"
+        if problem:
+            raise BadInput(f"{source} has {problem}")
+        tree.append(path)
+    return tree
+
+
+def read_choices(path, num_heads: int | None = None) -> Choices:
+    """A tree from a JSON file: the list of lists that the original Medusa and TensorRT-LLM take as medusa_choices."""
+    return check(read_json(path), num_heads, source=f"the tree {path}")
+
+
+def write_choices(choices: Choices, path):
+    write_atomically(Path(path), lambda temporary: temporary.write_text(json.dumps(choices) + "\n"))
+
+
+def chain(num_heads: int) -> Choices:
+    """Each head's best token and nothing else: K nodes for K heads."""
+    return [(0,) * depth for depth in range(1, num_heads + 1)]
+
+
+def independent(top: list[list[float]]) -> Chance:
+    """Chances if heads are right or wrong independently of each other, as in "Searching for the optimized tree
+    construction" of arXiv 2401.10774. top `[K+1][TOP]`: the shares of rank <= 1..TOP; row 0 is the lm_head's."""
+    # They are not, but with five heads for SmolLM2 trees from counts of whole paths yielded no more (2.27 tokens per
+    # pass against 2.25 with 32 nodes, 1.92 against 1.95 with 8). With 32 nodes those counts promised 12 % too much,
+    # these chances 3 %: a decoder does not stand at all places equally often, it jumps over the easy ones.
+    exactly = [[upto - before for before, upto in pairwise([0.0, *row])] for row in top[1:]]
+
+    def chance(path):
+        share = 1.0 if len(path) <= len(exactly) else 0.0
+        for rank, row in zip(path, exactly, strict=False):
+            share *= row[rank] if rank < len(row) else 0.0
+        return share
+
+    return chance
+
+
+def best_tree(chance: Chance, num_heads: int, ranks: int, nodes: int) -> Choices:
+    """The tree of `nodes` nodes with the highest expected acceptance length, a smaller one if fewer paths have a
+    chance above 0. Of equal chances the shorter path is taken, then lower ranks."""
+    # No path has a higher chance than its parent, so the N likeliest paths hold the parents of each of them: they are
+    # a tree, and no N paths have a higher sum. The heap yields paths by falling chance without listing all of them:
+    # what is not in it yet descends from something that is. Chances may rise with the rank, so all children go in.
+    tree, heap = [], [(-1.0, 0, ())]
+    while heap and len(tree) <= nodes:
+        _, depth, path = heapq.heappop(heap)
+        tree.append(path)
+        for child in ((*path, rank) for rank in range(ranks) if depth < num_heads):
+            if (share := chance(child)) > 0:
+                heapq.heappush(heap, (-share, depth + 1, child))
+    return sorted(sorted(tree[1:]), key=len)  # without the root
+
+
+def expected_length(choices: Choices, chance: Chance) -> float:
+    """Tokens that one pass yields on average; 1 without a tree."""
+    return 1.0 + sum(chance(path) for path in choices)
+
+
+def fastest(chance: Chance, num_heads: int, ranks: int, step_ms: dict[int, float], lengths: dict | None = None):
+    """-> (N, its Choices, table): of the tree sizes in step_ms the one that yields most tokens per second.
+
+    step_ms: N -> ms that one step takes with N nodes, not empty; 0 is plain decoding. lengths: N -> tokens per pass,
+    for the sizes where that was measured; for others it is the expected_length. table: a dict per N.
+    """
+    trees = {nodes: best_tree(chance, num_heads, ranks, nodes) for nodes in sorted(step_ms)}
+    table = []
+    for nodes, tree in trees.items():
+        ms, length = step_ms[nodes], (lengths or {}).get(len(tree), expected_length(tree, chance))
+        table.append({"nodes": nodes, "step_ms": ms, "length": length, "tokens_per_s": 1000 * length / ms})
+    nodes = max(table, key=lambda row: row["tokens_per_s"])["nodes"]  # of equals the smallest
+    return nodes, trees[nodes], table
+
+
+class Layout(NamedTuple):
+    """A tree as tensors for n = N + 1 nodes: node 0 is the root, then the paths in the order of Choices."""
+
+    parent: torch.Tensor  # int64 [n]; the root's is 0
+    depth: torch.Tensor  # int64 [n]; the root's is 0
+    rank: torch.Tensor  # int64 [n]; the root's is 0
+    ancestors: torch.Tensor  # bool [n, n]; [i, j]: j is i or an ancestor of i, so i may attend to j
+    path: torch.Tensor  # int64 [n, D+1], D the tree's depth; [i, d]: depth d on the way to i, then i itself
+
+
+def layout(choices: Choices) -> Layout:
+    """choices must be as `check` returns them."""
+    nodes = [(), *choices]
+    index = {node: i for i, node in enumerate(nodes)}
+    path = torch.tensor([[index[node[:d]] for d in range(len(nodes[-1]) + 1)] for node in nodes])
+    return Layout(
+        parent=torch.tensor([index[node[:-1]] for node in nodes]),
+        depth=torch.tensor([len(node) for node in nodes]),
+        rank=torch.tensor([node[-1] if node else 0 for node in nodes]),
+        ancestors=torch.zeros(len(nodes), len(nodes), dtype=torch.bool).scatter_(1, path, True),
+        path=path,
+    )
+
+
+def load_chance(path) -> tuple[Chance, int, int]:
+    """-> (chance, heads, ranks) from evaluate.py's JSON. Prefers the accuracies on the backbone's own text, which
+    decoding has to hit, to those on the reference text. Raises BadInput for a file without accuracies."""
+    data = read_json(path)
+    try:
+        own = (data.get("own") or {}).get("top")
+        top = own or data["top"]
+        (ranks,) = {len(row) for row in top}
+        if len(top) < 2 or not all(0 <= low <= high <= 1 for row in top for low, high in pairwise([0, *row])):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} does not hold the accuracies of heads: make it with evaluate.py") from error
+    logger.info("accuracies of the heads: on %s text", "the backbone's own" if own else "the reference")
+    return independent(top), len(top) - 1, ranks
+
+
+def measured_lengths(path) -> dict[int, float]:
+    """nodes -> tokens per pass of the best trees, as evaluate.py measured them; empty if it had no text of its own."""
+    rows = (read_json(path).get("own") or {}).get("acceptance", [])
+    return {row["nodes"]: row["length"] for row in rows if row["tree"] == "best" and row["length"]}  # 0: no passes
+
+
+def read_step_times(path) -> dict[int, float]:
+    """nodes -> step_ms from a CSV with these two columns. Raises BadInput if it cannot be read as that."""
+    try:
+        with open(path, newline="") as file:
+            rows = [(int(row["nodes"]), float(row["step_ms"])) for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise BadInput(f"cannot read {path} ({error}): it must be a CSV with columns nodes and step_ms") from error
+    if not rows or len(dict(rows)) < len(rows) or any(nodes < 0 or not 0 < ms < float("inf") for nodes, ms in rows):
+        raise BadInput(f"{path} must have rows, with nodes from 0, each number once, and step_ms above 0")
+    return dict(rows)

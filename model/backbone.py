@@ -1,0 +1,80 @@
+"""Loading a backbone: errors that are one sentence, models that cannot have Medusa heads, and weightless copies."""
+
+import os
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from common.errors import ACCESS, BadInput, first_line
+
+
+def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` whose failures are one sentence. Raises BadInput."""
+    return _load(AutoModelForCausalLM, name_or_path, **kwargs)
+
+
+def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+    """`AutoConfig.from_pretrained` with the same care."""
+    return _load(AutoConfig, name_or_path, **kwargs)
+
+
+def _load(auto_class, name_or_path: str, **kwargs):
+    if os.path.sep in name_or_path and name_or_path[0] in "./~" and not os.path.isdir(name_or_path):
+        raise BadInput(f"there is no model directory {name_or_path}: give an existing one or a Hub id")
+    try:
+        return auto_class.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"cannot load the backbone {name_or_path}: {first_line(error)} {ACCESS}") from error
+
+
+def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
+    """Refuses backbones whose logits are not (soft-capped) lm_head(hidden): a head would start from other ones."""
+    config, name = backbone.config.get_text_config(), type(backbone).__name__
+    if lm_head is None:
+        raise BadInput(f"{name} has no output embeddings: Medusa heads need a causal LM")
+    if getattr(lm_head, "bias", None) is not None:
+        raise BadInput(f"the lm_head of {name} has a bias; the Medusa format has none, so it is not supported")
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(config, key, 1.0) not in (None, 1.0):
+            raise BadInput(f"{name} scales its logits ({key} = {getattr(config, key)}): not supported")
+
+
+def context_length(backbone: PreTrainedModel) -> int:
+    """How many tokens it can read. Raises BadInput if its configuration does not say: positions are then something
+    that decoding knows nothing of (ALiBi)."""
+    length = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        name = type(backbone).__name__
+        raise BadInput(f"{name} has no max_position_embeddings: decoding does not know its kind of positions")
+    return length
+
+
+def end_tokens(backbone) -> set[int]:
+    """The tokens that end an answer. Raises BadInput if the model names none."""
+    ends = backbone.generation_config.eos_token_id
+    if ends is None:
+        raise BadInput(f"{backbone.name_or_path} names no end-of-sequence token: no answer would ever end")
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def rope_follows_length(config) -> bool:
+    """Whether transformers looks, in each pass, at how long the text is: kinds of RoPE whose frequencies depend on it,
+    for all layers or for some. A CUDA graph cannot hold that."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
+    return bool(kinds & {"dynamic", "longrope"})
+
+
+def empty_backbone(config, dtype: torch.dtype, trust_remote_code=False) -> PreTrainedModel:
+    """The backbone with memory for its weights that is never touched, and so takes none; buffers are real."""
+    with init_empty_weights():
+        backbone = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    for module in backbone.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Not left on meta: accelerate tells parameters apart by their address, which is 0 for all of those, and
+            # the optimiser would train one of them only.
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    return backbone

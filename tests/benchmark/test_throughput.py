@@ -1,0 +1,103 @@
+"""benchmark/throughput.py on a CPU: its rows, and that it notices when two implementations do not do the same work."""
+
+import csv
+import sys
+
+import pytest
+import throughput
+import torch
+from conftest import make_conversations, make_tokenizer, write_jsonl
+
+from model import heads
+from training.trainer import MedusaTrainer
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Runs the script -> its rows."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def run(*flags):
+        out = tmp_path / "throughput.csv"
+        argv = f"throughput.py --smoke --heads 2 --lengths 32 64 --steps 2 --warmup 1 --out {out}".split()
+        monkeypatch.setattr(sys, "argv", [*argv, *map(str, flags)])
+        try:
+            throughput.main()
+        finally:
+            rows = list(csv.DictReader(out.open()))
+        return rows
+
+    return run
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_three_do_the_same_work(stage, bench):
+    rows = bench("--stage", stage, *(("--recomputed_layers", 0, 1) if stage == 2 else ()))
+    assert [(row["implementation"], row["length"]) for row in rows] == [
+        (name, length) for name in ("hf", "liger", "ours") for length in ("32", "64")
+    ]
+    assert all(float(row["tokens_per_s"]) > 0 and float(row["step_time_s"]) > 0 for row in rows)
+    assert all(row["versions"].startswith("python ") and "--smoke" in row["command"] for row in rows)
+    if stage == 2:
+        assert [row["options"][:6] for row in rows] == ["2 of 2"] * 4 + ["0 of 2", "1 of 2"]
+    for length in (0, 1):
+        losses = [float(row["last_loss"]) for row in rows[length::2]]
+        assert losses == pytest.approx(losses[:1] * 3, rel=1e-3) and losses[0] < float(rows[length]["first_loss"])
+
+
+def test_a_head_without_its_resblocks_is_noticed(bench, monkeypatch):
+    def bypassed(self, hidden, targets=None, impl="torch", softcap=None):
+        return heads.projection_loss(hidden.bfloat16(), targets, self[-1].weight, impl, softcap)
+
+    train = throughput.train
+
+    def with_bypass(options, implementation, *args):
+        with monkeypatch.context() as patch:
+            if implementation == "liger":
+                patch.setattr(heads.MedusaHead, "forward", bypassed)
+            return train(options, implementation, *args)
+
+    monkeypatch.setattr(throughput, "train", with_bypass)
+    with pytest.raises(SystemExit, match=r"not the same work:\n2 heads, 32 tokens: .* of liger \(\), .* of hf"):
+        bench("--stage", 1)
+
+
+def test_out_of_memory_is_a_row_and_the_next_one_runs(bench, monkeypatch):
+    step = MedusaTrainer.training_step
+
+    def full(self, model, inputs, *args):
+        if inputs["labels"].shape[1] == 64 and not self.one_by_one:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(MedusaTrainer, "training_step", full)
+    rows = bench("--stage", 1, "--implementations", "hf", "ours")
+    assert [row["tokens_per_s"] == "OOM" for row in rows] == [False, True, False, False]
+
+
+def test_real_conversations(bench, tmp_path):
+    make_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
+    data = write_jsonl(tmp_path / "chats.jsonl", make_conversations(40))
+    flags = ("--stage", 1, "--implementations", "ours", "--data_path", data, "--tokenizer", tmp_path / "tokenizer")
+    rows = bench(*flags)
+    assert [row["data"] for row in rows] == ["padded", "grouped", "packed"] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--stage 1 --data_path chats.jsonl", "--data_path and --tokenizer go together"),
+        ("--stage 2 --fp8_backbone", "--fp8_backbone is for a frozen backbone"),
+        ("--stage 2 --recomputed_layers 1", "--recomputed_layers needs one number for each of --lengths"),
+        pytest.param(
+            "--stage 1 --trace somewhere",
+            "--trace needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(flags, sentence, bench, capsys, tmp_path):
+    (tmp_path / "throughput.csv").touch()
+    with pytest.raises(SystemExit):
+        bench(*flags.split())
+    assert sentence in capsys.readouterr().err

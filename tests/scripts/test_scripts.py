@@ -1,0 +1,319 @@
+"""The LLaMA-3 scripts and configs/ without a GPU: what they would start, under sh as under bash."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from conftest import ROOT
+
+from training.arguments import parse
+
+SCRIPT, SLURM_SCRIPT = ROOT / "scripts/llama3_8b_medusa.sh", ROOT / "scripts/slurm_llama3_8b_medusa.sh"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SLURM_JOB = {"SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+SCONTROL = 'test "$*" = "show hostnames gpu[07-08]" && printf "gpu07\\ngpu08\\n"'
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Runs a script with `echo` in place of Python: it prints the command instead of starting it.
+
+    gpus: how many nvidia-smi lists. programs: name=commands of others to put on PATH, other keywords are variables.
+    """
+
+    def run(*flags, shell="bash", script=SCRIPT, cwd=ROOT, gpus=0, programs=(), **variables):
+        listing = "".join(f"echo 'GPU {i}: a GPU (UUID: GPU-{i})'\n" for i in range(gpus))
+        for name, commands in {"nvidia-smi": listing, **dict(programs)}.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{commands}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "echo"} | variables
+        return subprocess.run(
+            [shell, script, *flags], capture_output=True, text=True, check=False, env=environment, cwd=cwd, timeout=20
+        )
+
+    return run
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """What accelerate makes of a command line: the launcher it takes, its arguments, the processes' environment."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*words):
+        taken = []
+
+        def take(name, prepare):
+            monkeypatch.setattr(accelerate_launch, name, lambda args: taken.append((name, args, prepare(args))))
+
+        take("multi_gpu_launcher", prepare_multi_gpu_env)
+        take("simple_launcher", lambda args: prepare_simple_launcher_cmd_env(args)[1])
+        accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
+        return taken[0]
+
+    return run
+
+
+def launcher_flags(done) -> list[str]:
+    """The words a script gives to accelerate, up to train.py."""
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert words[:2] == ["-m", "accelerate.commands.launch"]
+    return words[2 : words.index("train.py") + 1]
+
+
+def flags_of(done):
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    return parse(words[words.index("train.py") + 1 :])
+
+
+def config_of(done) -> str:
+    words = launcher_flags(done)
+    return words[words.index("--config_file") + 1]
+
+
+def is_one_error(done, *parts):
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and not done.stdout and len(lines) == 1 and lines[0].startswith("error: "), done
+    for part in parts:
+        assert part in lines[0]
+
+
+# ---- what train.py is told ----
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_stage_1_on_one_gpu(start, shell):
+    done = start(shell=shell, gpus=1)
+    model, data, training = flags_of(done)
+    assert config_of(done) == "configs/single_gpu.yaml" and "--quiet" in launcher_flags(done) and not done.stderr
+    assert training.medusa_only_heads and training.learning_rate == 1e-3 and training.medusa_lr_multiplier == 1
+    assert model.medusa_num_heads == 5 and training.bf16 and training.warmup_steps == 0.1
+    assert data.eval_holdout == 500 and training.output_dir == "out/llama3_8b_medusa_stage1"
+
+
+@pytest.mark.parametrize("flags", [("--medusa_only_heads", "False"), ("--medusa_only_heads=False",)])
+def test_stage_2_has_learning_rates_of_its_own(start, flags):
+    training = flags_of(start(*flags, gpus=4))[2]
+    assert not training.medusa_only_heads and training.gradient_checkpointing
+    assert training.learning_rate == 1e-5 and training.medusa_lr_multiplier == 50
+    assert training.output_dir.endswith("stage2")
+
+
+def test_stage_2_says_that_one_gpu_is_too_small_for_it(start):
+    stage_2 = ("--medusa_only_heads", "False")
+    assert "171 GB" in start(*stage_2, NUM_GPUS="1").stderr
+    assert not start(*stage_2, NUM_GPUS="2").stderr
+    assert not start(*stage_2, NUM_GPUS="1", NUM_NODES="8", NODE_RANK="0", MASTER_ADDR="node0").stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "stage"),
+    [
+        (("--medusa_only_heads", "TRUE"), 1),
+        (("--medusa_only_heads", "y"), 1),
+        (("--medusa_only_heads", "--packing", "True"), 1),
+        (("--medusa-only-heads", "no"), 2),
+        (("--medusa_only_heads", "0"), 2),
+    ],
+)
+def test_every_spelling_the_parser_takes_means_the_same_to_the_script(start, flags, stage):
+    training = flags_of(start(*flags, NUM_GPUS="1"))[2]
+    assert training.medusa_only_heads == (stage == 1)
+    assert training.learning_rate == (1e-3 if stage == 1 else 1e-5)
+
+
+def test_appended_flags_and_variables_win(start):
+    done = start("--medusa_num_heads", "3", "--learning_rate", "5e-4", NUM_GPUS="1", MODEL="mine", MAX_LENGTH="4096")
+    model, data, training = flags_of(done)
+    assert model.medusa_num_heads == 3 and training.learning_rate == 5e-4
+    assert model.model_name_or_path == "mine" and data.model_max_length == 4096
+
+
+def test_neither_true_nor_false(start):
+    is_one_error(start("--medusa_only_heads", "maybe", NUM_GPUS="1"), "maybe")
+
+
+# ---- on how many GPUs and nodes, and with which config ----
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({}, 4),
+        ({"NUM_GPUS": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1,2,3"}, 3),
+    ],
+)
+def test_takes_the_gpus_that_are_there(start, launch, variables, processes):
+    _, args, environment = launch(*launcher_flags(start(gpus=4, **variables)))
+    assert args.num_processes == processes and args.num_machines == 1
+    assert environment["FSDP_VERSION"] == "2" and "PARALLELISM_CONFIG_DP_SHARD_SIZE" not in environment
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        ({"NUM_GPUS": "8"}, ("NUM_GPUS is 8", "only 4")),
+        ({"NUM_GPUS": "3", "CUDA_VISIBLE_DEVICES": "0,2"}, ("NUM_GPUS is 3", "only 2")),
+        ({"NUM_GPUS": "all"}, ("NUM_GPUS", "'all'")),
+        ({"NUM_GPUS": "0"}, ("no NVIDIA GPU",)),
+        ({"CONFIG": "configs/fsdp3.yaml"}, ("no file CONFIG=configs/fsdp3.yaml",)),
+        ({"MASTER_PORT": "http"}, ("MASTER_PORT", "'http'")),
+        ({"NUM_NODES": "two"}, ("NUM_NODES", "'two'")),
+        ({"NUM_NODES": "0"}, ("NUM_NODES",)),
+        ({"NODE_RANK": "1"}, ("NODE_RANK is 1", "NUM_NODES, 1")),
+        ({"NUM_NODES": "2", "MASTER_ADDR": "node0"}, ("NODE_RANK", "MASTER_ADDR")),
+        ({"NUM_NODES": "2", "NODE_RANK": "0"}, ("NODE_RANK", "MASTER_ADDR")),
+        ({"NUM_NODES": "2", "NODE_RANK": "-1", "MASTER_ADDR": "node0"}, ("NODE_RANK", "'-1'")),
+        ({"NUM_NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "node0"}, ("NODE_RANK is 2",)),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0"}, ("MASTER_ADDR",)),
+    ],
+)
+def test_settings_that_cannot_work_are_one_error(start, shell, variables, parts):
+    is_one_error(start(shell=shell, gpus=4, **variables), *parts)
+
+
+def test_without_a_gpu_it_says_so(start):
+    is_one_error(start(), "no NVIDIA GPU")
+
+
+def test_several_nodes(start, launch):
+    done = start(gpus=4, NUM_NODES="3", NODE_RANK="1", MASTER_ADDR="node0", MASTER_PORT="29600")
+    assert config_of(done) == "configs/fsdp2_multi_node.yaml"
+    name, args, environment = launch(*launcher_flags(done))
+    assert name == "multi_gpu_launcher" and args.rdzv_backend == "static" and args.rdzv_endpoint == "node0:29600"
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("3", "4", 1)
+    assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    assert environment["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "3"
+    assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "4"
+
+
+def test_nodes_of_one_gpu_shard_over_all_of_them(start, launch):
+    """accelerate refuses HSDP whose shard size is 1."""
+    _, args, environment = launch(
+        *launcher_flags(start(NUM_GPUS="1", NUM_NODES="4", NODE_RANK="3", MASTER_ADDR="node0"))
+    )
+    assert args.num_processes == 4 and environment["FSDP_VERSION"] == "2"
+    assert "ACCELERATE_USE_PARALLELISM_CONFIG" not in environment
+
+
+def test_a_config_of_ones_own(start, launch, tmp_path):
+    own = tmp_path / "own.yaml"
+    text = (ROOT / "configs/fsdp2_multi_node.yaml").read_text()
+    own.write_text(text.replace("dp_shard_size: 8", "dp_shard_size: 2"))
+    done = start(gpus=4, CONFIG=str(own), NUM_NODES="4", NODE_RANK="1", MASTER_ADDR="node0")
+    assert config_of(done) == str(own)
+    environment = launch(*launcher_flags(done))[2]
+    assert environment["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "2"
+    assert config_of(start(gpus=1, CONFIG="configs/fsdp1.yaml")) == "configs/fsdp1.yaml"
+
+
+# ---- SLURM ----
+def test_slurm_says_which_node_it_is(start, launch):
+    done = start(gpus=8, programs={"scontrol": SCONTROL}, **SLURM_JOB)
+    args = launch(*launcher_flags(done))[1]
+    assert (args.num_machines, args.machine_rank, args.num_processes) == (2, 1, 16)
+    assert args.rdzv_endpoint == "gpu07:29500"
+
+
+def test_own_variables_win_over_those_of_slurm(start, launch):
+    several = {"NUM_NODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "other"}
+    args = launch(*launcher_flags(start(gpus=2, programs={"scontrol": SCONTROL}, **SLURM_JOB | several)))[1]
+    assert (args.num_machines, args.machine_rank, args.rdzv_endpoint) == (4, 3, "other:29500")
+    args = launch(*launcher_flags(start(gpus=2, **SLURM_JOB, NUM_NODES="1")))[1]
+    assert (args.num_machines, args.machine_rank, args.num_processes) == (1, 0, 2)
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_batch_script_starts_one_task_a_node(start, launch, tmp_path, shell):
+    """sbatch runs a copy from elsewhere, in no particular directory; srun runs the rest, here on the second node."""
+    copy = shutil.copy(SLURM_SCRIPT, tmp_path / "slurm_script")
+    srun = 'echo "$*" >&2; while [ "$1" != bash ]; do shift; done; exec env SLURM_NODEID=1 "$@"'
+    job = SLURM_JOB | {"SLURM_NODEID": "0", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "48"}
+    done = start(
+        *("--medusa_num_heads", "3"),
+        **{"script": copy, "cwd": tmp_path, "shell": shell, "gpus": 8},
+        programs={"scontrol": SCONTROL, "srun": srun},
+        **job,
+    )
+    args = launch(*launcher_flags(done))[1]
+    assert (args.nnodes, args.node_rank, args.rdzv_endpoint) == ("2", 1, "gpu07:24567")
+    assert flags_of(done)[0].medusa_num_heads == 3
+    assert done.stderr.startswith("--ntasks-per-node=1 --cpus-per-task=48 --kill-on-bad-exit=1 bash scripts/")
+
+
+def test_batch_script_that_cannot_work(start, tmp_path):
+    is_one_error(start(script=SLURM_SCRIPT), "not a SLURM job")
+    job = SLURM_JOB | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    is_one_error(start(script=SLURM_SCRIPT, **job), "from the repository's root", str(tmp_path))
+
+
+def test_sbatch_finds_its_options():
+    """Only before the first command, and one task a node: the script itself starts a process per GPU."""
+    head = SLURM_SCRIPT.read_text().split("set -eu")[0]
+    options = dict(line.removeprefix("#SBATCH --").split("=") for line in head.splitlines() if "#SBATCH" in line)
+    assert options["ntasks-per-node"] == "1"
+    assert options.keys() >= {"nodes", "gpus-per-node", "cpus-per-task", "time", "output"}
+
+
+# ---- configs/ ----
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}
+FSDP2 = FSDP | {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+FSDP1 = FSDP | {
+    "FSDP_VERSION": "1",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_SYNC_MODULE_STATES": "true",
+}
+HSDP = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher", "flags", "wanted"),
+    [
+        ("fsdp2", "multi_gpu_launcher", ("--num_processes", "8"), FSDP2),
+        ("fsdp1", "multi_gpu_launcher", ("--num_processes", "8"), FSDP1),
+        ("fsdp2_multi_node", "multi_gpu_launcher", ("--num_processes", "16"), FSDP2 | HSDP),
+        ("single_gpu", "simple_launcher", (), {"ACCELERATE_MIXED_PRECISION": "bf16"}),
+        ("cpu", "multi_gpu_launcher", ("--num_processes", "2"), {"ACCELERATE_MIXED_PRECISION": "no"}),
+    ],
+)
+def test_accelerate_reads_each_config(launch, name, launcher, flags, wanted):
+    words = ("--config_file", f"configs/{name}.yaml", "--main_process_port", "0", *flags, "train.py")
+    taken, args, environment = launch(*words)
+    assert taken == launcher and {key: environment.get(key) for key in wanted} == wanted
+    assert ("ACCELERATE_USE_FSDP" in environment) == ("FSDP_VERSION" in wanted)
+    assert ("ACCELERATE_USE_PARALLELISM_CONFIG" in environment) == (name == "fsdp2_multi_node")
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in environment  # the model names its units itself
+    assert args.num_machines == (2 if name == "fsdp2_multi_node" else 1) and not args.downcast_bf16
+
+
+def test_every_config_is_tested_and_has_no_key_that_accelerate_ignores():
+    """Of the sections it takes any key, and passes over those it does not know."""
+    assert [path.stem for path in CONFIGS] == ["cpu", "fsdp1", "fsdp2", "fsdp2_multi_node", "single_gpu"]
+    options = vars(accelerate_launch.launch_command_parser().parse_args(["train.py"]))
+    for path in CONFIGS:
+        config = yaml.safe_load(path.read_text())
+        for section in ("fsdp_config", "parallelism_config"):
+            assert set(config.get(section, {})) <= set(options), path
+        # A default of the launcher that is not None hides the file's value (rdzv_backend, same_network).
+        apart = {"mixed_precision", "distributed_type", "fsdp_config", "parallelism_config"}
+        assert all(options.get(key) is None for key in set(config) - apart), path
+        assert path.read_text().startswith("# ")
+
+
+def test_the_number_of_gpus_is_not_in_a_config_that_several_share(launch):
+    for name in ("fsdp2", "fsdp1", "fsdp2_multi_node", "cpu"):
+        with pytest.raises(ValueError, match="num_processes"):
+            launch("--config_file", f"configs/{name}.yaml", "train.py")

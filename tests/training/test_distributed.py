@@ -1,0 +1,85 @@
+"""Two processes train as one does: losses, gradients and weights."""
+
+import pytest
+import torch
+from conftest import logged, weights
+from lab import CASES, CLIP, EACH, HSDP, NO_DIFFERENCE, STAGE_1, STEPS, assert_close, figures
+
+FEW = ("stage 1", "stage 2", "tied, stage 1", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2")
+FEW += ("best, stage 1",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("FSDP2", case) for case in CASES]
+    + [(kind, case) for kind in ("FSDP1", "DDP") for case in FEW]
+    + [(HSDP, "stage 1"), (HSDP, "accumulation, stage 2"), (HSDP, "tied, stage 2")]
+    + [("one process", case) for case in NO_DIFFERENCE],
+)
+def test_equals_one_process(kind, case, lab):
+    got, want = lab.never_stopped(kind, case).out, lab.never_stopped("one process", NO_DIFFERENCE.get(case, case)).out
+    assert_close(got, want)
+    assert len(set(logged(want))) == len(logged(want)) == CASES[case].get("--max_steps", STEPS)
+    assert min(logged(want, "grad_norm")) > CLIP  # so it was clipped
+    if case.startswith("no rows"):
+        assert ["head_3_loss" in entry for entry in figures(got)] == [True, True, False, True]
+    if case.startswith("best"):
+        *while_training, of_the_best = logged(got, "eval_loss")
+        assert of_the_best == pytest.approx(max(while_training)) and of_the_best > while_training[-1]
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1", "DDP"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_should_train_moves_and_the_rest_stays(stage, kind, lab):
+    out = lab.never_stopped(kind, f"stage {stage}").out
+    heads = {f"medusa_lm_head.safetensors:{name.split(':')[1]}": t for name, t in weights(lab.root / "heads").items()}
+    before = {"": heads} if stage == 1 else {"medusa_heads/": heads, "": weights(lab.root / "model")}
+    before = {prefix + name: tensor for prefix, part in before.items() for name, tensor in part.items()}
+    after = weights(out)
+    assert after.keys() == before.keys()  # in stage 1 the backbone is not written
+    assert not [name for name in after if torch.equal(after[name], before[name])]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_gradient_equals_that_of_one_process(stage, lab):
+    def gradients(kind):
+        file = str(lab.root / f"gradients-{kind}-{stage}")
+        lab.run(kind, CASES[f"stage {stage}"] | {"--max_steps": 3}, gradients=file)
+        return [torch.load(f"{file}.{step}", weights_only=True) for step in (1, 2, 3)]
+
+    for got, want in zip(gradients("FSDP2"), gradients("one process"), strict=True):
+        assert got.keys() == want.keys() and len(got) == (6 if stage == 1 else 6 + 21)
+        for name in got:
+            assert want[name].abs().max() > 1e-3
+            torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_equals_bf16_of_one_process(stage, lab):
+    flags = CASES[f"stage {stage}"] | {"--bf16": True}
+    got, want = lab.run("FSDP2", flags).out, lab.run("one process", flags).out
+    assert logged(got) == pytest.approx(logged(want), rel=2e-2)
+    assert logged(got) != pytest.approx(logged(lab.never_stopped("FSDP2", f"stage {stage}").out), rel=1e-5)
+    # In the first step the weights are the same: only the order of sums differs. Rounded to bf16, losses would be up
+    # to 4e-3 apart.
+    for k in range(2 - stage, 3):
+        assert logged(got, f"head_{k}_loss")[0] == pytest.approx(logged(want, f"head_{k}_loss")[0], rel=3e-4)
+    tensors = weights(got).values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_one_process_of_a_node_reads_the_backbone(lab):
+    reads = lambda run: ["reads the backbone" in log for log in run.logs]  # noqa: E731
+    assert reads(lab.never_stopped("FSDP2", "stage 2")) == [True, False]
+    tied = lab.never_stopped("FSDP2", "tied, stage 2")
+    assert reads(tied) == [True, True] and "every process reads the backbone itself" in tied.logs[0]
+    each = lab.run("FSDP2", CASES["stage 2"], environment=EACH)
+    assert reads(each) == [True, True]
+    assert_close(each.out, lab.never_stopped("one process", "stage 2").out)
+
+
+def test_an_fp8_backbone_is_sharded_like_another(lab):
+    flags = STAGE_1 | {"--fp8_backbone": True, "--bf16": True, "--use_liger": False, "--max_steps": 2}
+    one, two = (lab.run(kind, flags, environment={"TRITON_INTERPRET": "1"}) for kind in ("one process", "FSDP2"))
+    assert all("fp8: 14 linear layers" in run.logs[0] for run in (one, two))
+    assert_close(two.out, one.out, rel=1e-2, atol=1e-2)

@@ -1,0 +1,1 @@
+"""What train.py needs: flags, the trainer, checkpoints, a run's identity, FSDP, fp8."""

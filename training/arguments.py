@@ -1,0 +1,187 @@
+"""The command line of train.py: every flag and its meaning. refusals.py has the combinations that cannot work."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from accelerate.utils import parse_flag_from_env
+
+from common.errors import BadInput
+from training.refusals import refuse, refuse_renamed
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "The backbone: a Hub id or a local directory."})
+    medusa_num_heads: int = field(default=5, metadata={"help": "K: head k predicts the token at t + k + 1."})
+    medusa_num_layers: int = field(default=1, metadata={"help": "ResBlocks per head; 0 is a projection alone."})
+    medusa_heads_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from these trained heads (a stage 1 output_dir): for stage 2, or more of stage 1."},
+    )
+    medusa_return: bool = field(
+        default=True,
+        metadata={"help": "False: no heads. Fine-tunes the backbone through the same data and loss, to compare with."},
+    )
+    use_liger: bool = field(
+        default=True,
+        metadata={
+            "help": "Liger's Triton kernels: the fused head loss, and on a GPU RMSNorm, RoPE and SwiGLU of the "
+            "backbone. False: plain torch with all logits of a head in memory, for comparison."
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What trainable weights and their Adam moments are kept in. bfloat16 halves their memory, but "
+            "loses updates smaller than 1/256 of a weight. A frozen backbone is kept in bf16 under --bf16.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Jinja file for a tokenizer that has no chat template (templates/ holds some)."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code a model brings along. Read it first."}
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "Conversations: a .json or .jsonl file, or a Hub dataset id."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    eval_holdout: float = field(
+        default=0,
+        metadata={"help": "Without --eval_data_path: hold out the last N conversations (a share if below 1)."},
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut to this many tokens."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Several conversations to a row of --model_max_length tokens, kept apart by the mask."},
+    )
+    lazy_preprocess: bool = field(
+        default=False, metadata={"help": "Tokenise when a batch is drawn, not before: starts at once, pads more."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."
+        },
+    )
+    do_eval: bool | None = field(
+        default=None,
+        metadata={"help": "Evaluate when training has ended (default: if there is something to evaluate on)."},
+    )
+    medusa_only_heads: bool = field(
+        default=False,
+        metadata={"help": "True: stage 1, the backbone is frozen. False: stage 2, everything trains together."},
+    )
+    medusa_heads_coefficient: float = field(
+        default=0.2, metadata={"help": "lambda_0, the weight of the heads' losses next to the backbone's."}
+    )
+    medusa_decay_coefficient: float = field(
+        default=0.8, metadata={"help": "Head k's loss is weighted with this to the power of k."}
+    )
+    medusa_scheduler: str = field(
+        default="constant",
+        metadata={
+            "help": "lambda_0 over training: constant, or ramped up to its value as a line or a quarter sine.",
+            "choices": ["constant", "linear", "sine"],
+        },
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of the backbone; times --medusa_lr_multiplier, of the heads. Default: 1e-3 in stage 1, else 1e-5."
+        },
+    )
+    medusa_lr_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "The heads' learning rate over --learning_rate. Default: 1 in stage 1, else what gives them 5e-4, "
+            "but at least 1."
+        },
+    )
+    gradient_checkpointing_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stage 2, with --gradient_checkpointing True: recompute only the first N decoder layers, and keep "
+            "the activations of the others (default: recompute all). As few as memory allows is fastest."
+        },
+    )
+    fp8_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Stage 1: the frozen backbone multiplies in 8-bit floating point, each row scaled to its range. "
+            "Faster on GPUs that can (H100 and later), a little less exact: docs/performance.md."
+        },
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "Stage 2: what --gradient_checkpointing keeps (each layer's input, B x T x H x 2 bytes) waits in "
+            "the CPU's memory for the backward pass. Slower; for long sequences. FSDP2 or one process."
+        },
+    )
+
+    def __post_init__(self):
+        self.check_gpus()
+        # Of stage 1 the rate of the original Medusa recipe; of stage 2 a usual one for full fine-tuning.
+        stage_1 = self.medusa_only_heads
+        if self.learning_rate is None:
+            self.learning_rate = 1e-3 if stage_1 else 1e-5
+        if self.medusa_lr_multiplier is None:  # fresh heads beside a trained backbone want 5e-4
+            self.medusa_lr_multiplier = 1.0 if stage_1 else max(1.0, 5e-4 / self.learning_rate)
+        if self.output_dir is not None:
+            self.output_dir = self.output_dir.replace("{stage}", "1" if stage_1 else "2")
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # configs/*.yaml: what accelerate will do anyway
+            self.bf16 = True
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # a head without a row has zero gradients, not none
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # or --bf16 is refused, though a CPU computes in bf16 too
+            self.dataloader_pin_memory = False
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        super().__post_init__()
+        # Or the copy of a batch to the GPU waits until the last step is done. It needs pinned memory.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        if self.n_gpu > 1:  # one process that sees several GPUs uses one; the Trainer would use DataParallel
+            self._n_gpu = 1
+        self.remove_unused_columns = False  # columns are the business of conversations/rows.py
+        # The Trainer's filter replaces a NaN loss by the average and trains on; MedusaTrainer stops instead.
+        self.logging_nan_inf_filter = False
+        if parse_flag_from_env("ACCELERATE_USE_FSDP") and self.accelerator_config.gradient_accumulation_kwargs is None:
+            # Without it each rank would add up the whole gradient over the micro-batches, 43 GB for 8B and 5 heads.
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+    @staticmethod
+    def check_gpus():
+        asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if there and asked > there and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+            raise BadInput(f"{asked} processes were started here, but there are {there} GPUs: one process per GPU")
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Raises BadInput for an unknown or renamed flag and for combinations that cannot work, before anything loads."""
+    refuse_renamed(argv)
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    try:
+        model, data, training = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:  # an unknown flag, or what TrainingArguments itself refuses
+        raise BadInput(str(error)) from error
+    refuse(model, data, training)
+    if training.medusa_only_heads:  # a frozen backbone keeps no activations, so there is nothing to recompute
+        training.gradient_checkpointing = False
+        training.activation_checkpointing = False  # the name from transformers 5.20 on; the old one mirrors it
+    if training.do_eval is None:
+        training.do_eval = data.eval_data_path is not None or data.eval_holdout > 0
+    return model, data, training

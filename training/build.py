@@ -1,0 +1,85 @@
+"""The model that train.py's flags ask for: backbone, heads, what is frozen, which kernels compute."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from callback import peak_process_gib
+from common.errors import BadInput
+from medusa_model import MedusaConfig, MedusaModel
+from model.backbone import empty_backbone, load_backbone, load_backbone_config
+from model.heads_file import find_heads, load_config, load_heads
+from training.fsdp import reads_weights
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Path | None) -> MedusaModel:
+    """checkpoint: the one to resume from, or None. Raises BadInput if backbone, tokenizer, heads and flags do not go
+    together. Called on every process; one that FSDP sends its weights to only reserves memory."""
+    frozen = torch.bfloat16 if training_args.bf16 else torch.float32
+    trainable = getattr(torch, model_args.dtype)
+    where = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    config = load_backbone_config(model_args.model_name_or_path, **where)
+    reads = reads_weights(config, training_args)
+    dtype = frozen if training_args.medusa_only_heads else trainable
+    if reads:
+        backbone = load_backbone(model_args.model_name_or_path, dtype=dtype, **where)
+    else:
+        backbone = empty_backbone(config, dtype, model_args.trust_remote_code)
+    check_sizes(backbone, model_args, data_args, tokenizer)
+    model = MedusaModel.from_backbone(
+        backbone,
+        MedusaConfig(
+            medusa_num_heads=model_args.medusa_num_heads if model_args.medusa_return else 0,
+            medusa_num_layers=model_args.medusa_num_layers,
+        ),
+        dtype=trainable,
+        fill=reads,
+    )
+    if (heads_dir := trained_heads(model_args, training_args, checkpoint)) is not None:
+        put_heads(model, heads_dir, reads)
+    if training_args.medusa_only_heads:
+        model.freeze_backbone()
+    if training_args.fp8_backbone:
+        from training.fp8 import use_fp8  # not above: it needs Triton
+
+        use_fp8(backbone, training_args.device)
+    model.choose_kernels(model_args.use_liger, training_args.device)
+    memory = [f"{gib:.1f}" for gib in gather_object([peak_process_gib()])]
+    logger.info("the model is built; each process had at most %s GiB of CPU memory", ", ".join(memory))
+    return model
+
+
+def check_sizes(backbone, model_args, data_args, tokenizer):
+    """Raises BadInput if the tokenizer has more tokens than the backbone, or --model_max_length more positions."""
+    vocab_size = backbone.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab_size:
+        raise BadInput(
+            f"the tokenizer has {len(tokenizer)} tokens, but {model_args.model_name_or_path} has embeddings for "
+            f"{vocab_size}: it is another model's tokenizer"
+        )
+    positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data_args.model_max_length > positions:
+        raise BadInput(f"--model_max_length {data_args.model_max_length}: the backbone knows {positions} positions")
+
+
+def trained_heads(model_args, training_args, checkpoint: Path | None) -> Path | None:
+    """The directory of trained heads to start from: the checkpoint's in stage 1, or --medusa_heads_path. In stage 2 a
+    checkpoint's heads are loaded with the backbone, after the model is sharded (training/checkpoints.py)."""
+    if checkpoint is not None:
+        return checkpoint if training_args.medusa_only_heads else None
+    return None if model_args.medusa_heads_path is None else find_heads(model_args.medusa_heads_path)[0]
+
+
+def put_heads(model: MedusaModel, heads_dir: Path, reads: bool):
+    """Trained heads into the model. Raises BadInput if they are of other sizes."""
+    fields = load_config(heads_dir)
+    for key in ("medusa_num_heads", "medusa_num_layers", "hidden_size", "vocab_size"):
+        if fields[key] != getattr(model.config, key):
+            raise BadInput(f"the heads in {heads_dir} have {key} {fields[key]}, not {getattr(model.config, key)}")
+    if reads:
+        model.medusa_heads.load_state_dict(load_heads(heads_dir)[1], strict=True)
+    logger.info("starting from the heads in %s", heads_dir)

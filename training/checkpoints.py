@@ -1,0 +1,173 @@
+"""A checkpoint to go on from: everything a run needs to continue exactly, whole or not there at all.
+
+    checkpoint-N/
+        medusa_lm_head.safetensors, config.json   stage 1: the heads, in the format of the finished ones
+        state/               Adam's moments, and in stage 2 all weights. Each process writes its own part
+                             (torch.distributed.checkpoint), and any number of processes can read them
+        scheduler.pt, rng_state*.pth, trainer_state.json
+        run.json             what kind of run it is: stage, heads, conversations in an optimiser step
+
+It is written as incomplete-checkpoint-N, synced to the disk and renamed. Several nodes need one shared output_dir.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from common.errors import BadInput
+from common.files import publish, publish_files, start_over
+from medusa_model import MedusaModel
+from model.heads_file import find_heads, load_heads
+from training import fsdp
+from training.hooks import HookedTrainer
+from training.state import load_state, reading, reason, save_state, set_head_weights, whole_weights
+
+logger = logging.getLogger(__name__)
+
+STATE_DIR, RUN_FILE = "state", "run.json"
+INCOMPLETE = "incomplete-"
+# What a full disk, a lost mount or missing rights look like, by who notices. (RuntimeError: torch.save.)
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+
+
+def read_run(checkpoint: Path) -> dict | None:
+    """run.json, or None if the directory is not a complete checkpoint."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        return json.loads((checkpoint / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class CheckpointingTrainer(HookedTrainer):
+    """A Trainer of a `MedusaModel` whose checkpoints are those above. `self.run` is what run.json says."""
+
+    run: dict
+
+    @property
+    def medusa(self) -> MedusaModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The finished files: heads (stage 1) or backbone and heads (stage 2), and the tokenizer."""
+        directory = Path(output_dir or self.args.output_dir)
+        staging = directory / f"{INCOMPLETE}model"
+        with self._writing(staging):
+            self._write_weights(staging, directory)
+            self._on_rank_0(lambda: publish_files(staging, directory))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_weights(self, directory: Path, final_directory: Path | None = None):
+        medusa = self.medusa
+        state_dict = whole_weights(self.model, medusa, self.args.device)
+
+        def write():
+            medusa.save_pretrained(directory, state_dict=state_dict, final_directory=final_directory)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory)
+
+        self._on_rank_0(write)
+
+    def save_checkpoint(self) -> None:
+        """`checkpoint-N`, whole or not at all; the Trainer's own could be cut off in the middle."""
+        final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == final or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+        staging = final.with_name(INCOMPLETE + final.name)
+        with self._writing(staging):
+            if self.medusa.backbone_frozen:
+                self._write_weights(staging)
+            optimizer = None if self.args.save_only_model else self.optimizer.optimizer
+            if optimizer is not None or not self.medusa.backbone_frozen:
+                directory = staging / STATE_DIR
+                save_state(directory, self.model, optimizer, not self.medusa.backbone_frozen)
+            self.save_rng_state(staging)
+            self.accelerator.wait_for_everyone()
+            self._on_rank_0(lambda: self._finish_checkpoint(staging, final))
+
+    def _finish_checkpoint(self, staging: Path, final: Path):
+        torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
+        run = self.run | {"save_only_model": self.args.save_only_model}
+        (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+        # As in the Trainer's own method, which cannot be called for this part alone.
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name = type(callback).__name__
+                kept = self.state.stateful_callbacks.get(name)
+                if isinstance(kept, list):
+                    kept.append(callback.state())
+                else:
+                    self.state.stateful_callbacks[name] = callback.state()
+        self.state.save_to_json(str(staging / "trainer_state.json"))
+        publish(staging, final)
+        rotate_checkpoints(
+            output_dir=str(final.parent),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    @contextlib.contextmanager
+    def _writing(self, staging: Path):
+        """A fresh directory for all ranks to write into, gone again if the writing fails; refuses NaN weights."""
+        medusa, earlier = self.medusa, f"Earlier checkpoints in {self.args.output_dir} are intact"
+        bad = (
+            name
+            for name, parameter in medusa.named_parameters()
+            if parameter.requires_grad and not fsdp.local(parameter).isfinite().all()
+        )
+        bad = [name for name in gather_object([next(bad, None)]) if name is not None]
+        if bad:
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {bad[0]} holds NaN or infinity and was not saved. {earlier}: lower "
+                "the learning rate and resume from one"
+            )
+        try:
+            self._on_rank_0(lambda: start_over(staging))
+            yield
+        except (torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors too, but not of a disk
+            raise
+        except WRITE_ERRORS as error:
+            if self.is_world_process_zero():
+                shutil.rmtree(staging, ignore_errors=True)
+            raise BadInput(
+                f"could not write {staging.name} in {staging.parent}: {reason(error)}. {earlier}: if the "
+                "disk is full, free some space, and go on with --resume_from_checkpoint True"
+            ) from error
+
+    def _on_rank_0(self, action):
+        """Runs `action` on rank 0 of the whole job. If it fails, every rank raises that instead of waiting."""
+        error = [None]
+        if self.is_world_process_zero():
+            try:
+                action()
+            except WRITE_ERRORS as failure:
+                error = [reason(failure)]
+        broadcast_object_list(error)
+        if error[0] is not None:
+            raise OSError(error[0])
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        stage_2 = not self.medusa.backbone_frozen
+        load_state(checkpoint / STATE_DIR, self.model, self.optimizer.optimizer, stage_2)
+        with reading(path := checkpoint / "scheduler.pt"):
+            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+    def load_best(self, checkpoint: Path) -> None:
+        logger.info("loading the best weights, those of %s", checkpoint)
+        if self.medusa.backbone_frozen:
+            state_dict = load_heads(find_heads(checkpoint)[0])[1] if self.is_world_process_zero() else {}
+            set_head_weights(self.medusa, state_dict, self.args.world_size > 1)
+        else:
+            load_state(checkpoint / STATE_DIR, self.model, None, True)

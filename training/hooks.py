@@ -1,0 +1,87 @@
+"""Where this project meets the private side of the HF Trainer.
+
+The Trainer has no public way to change how it draws batches, wraps the model or writes a checkpoint. Every method of
+it with a leading underscore that is overridden or called stands in this file, and hands over to a method with a public
+name that `CheckpointingTrainer` or `MedusaTrainer` defines. tests/training/test_hooks.py compares the signatures with
+those of the installed transformers: a release that renames one fails there, and not in a run.
+"""
+
+from pathlib import Path
+
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from training.state import reading
+
+
+class HookedTrainer(Trainer):
+    # ---- what the classes below define ----
+    def model_inputs(self, inputs: dict) -> dict:
+        """What of a batch the model gets."""
+        raise NotImplementedError
+
+    def train_sampler(self, dataset) -> Sampler | None:
+        """The order of the training rows, or None for the Trainer's own."""
+        raise NotImplementedError
+
+    def before_wrapping(self) -> None:
+        """Before the model is wrapped for FSDP or DDP."""
+        raise NotImplementedError
+
+    def after_wrapping(self) -> None:
+        raise NotImplementedError
+
+    def save_checkpoint(self) -> None:
+        """Writes `checkpoint-<step>`; called on every process."""
+        raise NotImplementedError
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Optimiser, schedule, and in stage 2 the weights, into the wrapped model; called on every process."""
+        raise NotImplementedError
+
+    def load_best(self, checkpoint: Path) -> None:
+        """The weights of the best checkpoint (--load_best_model_at_end)."""
+        raise NotImplementedError
+
+    def save_rng_state(self, directory: Path) -> None:
+        self._save_rng_state(str(directory))
+
+    # ---- what the Trainer calls ----
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        return super()._prepare_inputs(self.model_inputs(inputs))
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        sampler = self.train_sampler(self.train_dataset if train_dataset is None else train_dataset)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self.before_wrapping()
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.after_wrapping()
+        return prepared
+
+    def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint of a run
+            self.control.should_training_stop = True
+            return
+        # On several processes the Trainer tells a resumed epoch's number to a loader that does not pass it on.
+        train_dataloader.set_epoch(epoch)
+        super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.save_checkpoint()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Nothing: heads are loaded before the model is sharded (training/build.py), stage 2's weights with Adam's
+        moments."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is not None:
+            self.load_checkpoint(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with reading(Path(checkpoint or "", "rng_state*.pth")):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.load_best(Path(self.state.best_model_checkpoint))

@@ -1,0 +1,140 @@
+"""Combinations of flags that cannot work, each refused in one sentence before anything loads."""
+
+import os
+
+from accelerate.utils import parse_flag_from_env
+
+from common.errors import BadInput
+
+RENAMED = {  # flags of older transformers, which its parser would only call unknown
+    "--warmup_ratio": "--warmup_steps 0.1 (a value below 1 is a ratio)",
+    "--evaluation_strategy": "--eval_strategy",
+    "--group_by_length": "nothing: batches are grouped by length already",
+    "--overwrite_output_dir": "--resume_from_checkpoint True, or another --output_dir",
+    "--torch_dtype": "--dtype",
+    "--fp16": "--bf16",
+    "--use_liger_kernel": "--use_liger",
+    "--deepspeed": "FSDP through accelerate launch",
+}
+
+
+def refuse_renamed(argv: list[str]):
+    """Raises BadInput for a flag that has another name today."""
+    for word in argv:
+        old = "--" + word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and old in RENAMED:
+            raise BadInput(f"{old} is not supported here; use {RENAMED[old]}")
+
+
+def refuse(model, data, training):
+    """Raises BadInput with the first sentence whose condition holds. The three are arguments.py's dataclasses."""
+    stage_1, heads = training.medusa_only_heads, model.medusa_num_heads
+    evaluates = data.eval_data_path is not None or data.eval_holdout != 0
+    recomputed = training.gradient_checkpointing_layers
+    recomputes = training.gradient_checkpointing and not stage_1  # a frozen backbone keeps nothing to recompute
+    refusals = (
+        # ---- the model ----
+        (not model.model_name_or_path, "--model_name_or_path is empty"),
+        (heads < 1, f"--medusa_num_heads {heads}: at least 1; for plain fine-tuning use --medusa_return False"),
+        (model.medusa_num_layers < 0, f"--medusa_num_layers {model.medusa_num_layers}: 0 or more"),
+        (
+            not model.medusa_return and stage_1,
+            "--medusa_return False trains the backbone alone; it cannot go with --medusa_only_heads True",
+        ),
+        (
+            not model.medusa_return and model.medusa_heads_path is not None,
+            "--medusa_heads_path goes with heads, not with --medusa_return False",
+        ),
+        (
+            model.chat_template is not None and not os.path.isfile(model.chat_template),
+            f"there is no file --chat_template {model.chat_template}",
+        ),
+        (
+            model.dtype == "bfloat16" and parse_flag_from_env("ACCELERATE_USE_FSDP"),
+            "--dtype bfloat16 has no effect under FSDP, which keeps a shard of fp32 weights: leave it out",
+        ),
+        # ---- the data ----
+        (
+            data.model_max_length < heads + 2,
+            f"--model_max_length {data.model_max_length}: head {heads} looks {heads + 1} tokens ahead, so at least "
+            f"{heads + 2}",
+        ),
+        (
+            data.lazy_preprocess and data.packing,
+            "--lazy_preprocess and --packing exclude each other: packing must know the lengths",
+        ),
+        (not data.eval_holdout >= 0, f"--eval_holdout {data.eval_holdout:g}: 0 or more"),
+        (
+            data.eval_data_path is not None and data.eval_holdout != 0,
+            "--eval_data_path and --eval_holdout exclude each other: evaluate on one of them",
+        ),
+        (
+            training.eval_strategy != "no" and not evaluates,
+            "--eval_strategy asks for evaluation: add --eval_data_path or --eval_holdout",
+        ),
+        (
+            bool(training.do_eval) and not evaluates,
+            "--do_eval asks for evaluation: add --eval_data_path or --eval_holdout",
+        ),
+        # ---- the loss ----
+        (
+            min(training.medusa_heads_coefficient, training.medusa_decay_coefficient, training.medusa_lr_multiplier)
+            < 0,
+            "--medusa_heads_coefficient, --medusa_decay_coefficient and --medusa_lr_multiplier: 0 or more",
+        ),
+        (
+            training.medusa_heads_coefficient == 0 and stage_1,
+            "--medusa_heads_coefficient 0 with --medusa_only_heads True would train nothing",
+        ),
+        (
+            training.label_smoothing_factor != 0,
+            "--label_smoothing_factor is not supported: the fused loss of the heads has none",
+        ),
+        (
+            training.neftune_noise_alpha is not None and stage_1,
+            "--neftune_noise_alpha does nothing to a frozen backbone: leave it out in stage 1",
+        ),
+        # ---- memory and speed ----
+        (
+            training.fp8_backbone and not stage_1,
+            "--fp8_backbone is for a backbone that is frozen: it goes with --medusa_only_heads True (stage 1)",
+        ),
+        (
+            training.fp8_backbone and not training.bf16,
+            "--fp8_backbone goes with --bf16 True: what is not a product stays in bf16",
+        ),
+        (
+            training.offload_activations and not recomputes,
+            "--offload_activations keeps what --gradient_checkpointing True of stage 2 leaves: use it with that",
+        ),
+        (
+            recomputed is not None and not recomputes,
+            "--gradient_checkpointing_layers goes with --gradient_checkpointing True in stage 2",
+        ),
+        (
+            recomputed is not None and recomputed < 1,
+            f"--gradient_checkpointing_layers {recomputed}: at least 1; to recompute nothing use "
+            "--gradient_checkpointing False",
+        ),
+        (
+            recomputed is not None and training.offload_activations,
+            "--offload_activations keeps layer inputs only: leave --gradient_checkpointing_layers out",
+        ),
+        (
+            training.torch_compile,
+            "--torch_compile is not supported: the heads run one after the other, outside the model's forward",
+        ),
+        # ---- what the Trainer would do with it ----
+        (training.torch_empty_cache_steps is not None, "--torch_empty_cache_steps is not supported"),
+        (
+            training.bf16_full_eval or training.fp16_full_eval,
+            "--bf16_full_eval and --fp16_full_eval are not supported: evaluation computes as training does",
+        ),
+        (
+            training.push_to_hub and training.hub_strategy != "end",
+            "--push_to_hub uploads the finished directory only: use --hub_strategy end",
+        ),
+    )
+    for applies, sentence in refusals:
+        if applies:
+            raise BadInput(sentence)

@@ -1,0 +1,168 @@
+"""A run's identity: which checkpoint it goes on from, and what must be the same there and on all ranks."""
+
+import hashlib
+import logging
+import os
+import shutil
+from datetime import datetime, timezone
+from pathlib import Path
+
+from accelerate.utils import gather_object
+
+from common import provenance
+from common.errors import BadInput
+from model.heads_file import HEADS_DIR, HEADS_FILE
+from training.checkpoints import INCOMPLETE, read_run
+
+logger = logging.getLogger(__name__)
+
+RESULTS = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+def describe(model_args, training_args) -> dict:
+    """What run.json of a checkpoint says of its run, but for the data; a run that goes on must have the same."""
+    base = model_args.model_name_or_path
+    return {
+        "medusa_num_heads": model_args.medusa_num_heads if model_args.medusa_return else 0,
+        "medusa_num_layers": model_args.medusa_num_layers,
+        "medusa_only_heads": training_args.medusa_only_heads,
+        "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
+        "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
+    }
+
+
+def find_checkpoint(model_args, training_args) -> Path | None:
+    """The checkpoint to resume from, or None for a new run. Raises BadInput where a new run would write over what
+    another left behind, and where the checkpoint is not complete, not the newest, or of another kind of run."""
+    output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
+    for path in output_dir.glob(f"{INCOMPLETE}*"):
+        logger.info("%s was being written when a run ended, and is ignored", path)
+    if str(resume).lower() in ("none", "false"):
+        left = [output_dir / name for name in RESULTS if (output_dir / name).exists()] + checkpoints
+        if left:
+            raise BadInput(
+                f"{output_dir} already holds {left[-1].name} of an earlier run: go on from its last checkpoint with "
+                "--resume_from_checkpoint True, or choose another --output_dir"
+            )
+        return None
+    if str(resume).lower() == "true":
+        checkpoint = newest(checkpoints, output_dir)
+    else:
+        checkpoint = Path(resume)
+        check_is_newest(checkpoint, checkpoints, output_dir)
+    check_same_run(checkpoint, read_run(checkpoint), describe(model_args, training_args))
+    logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def newest(checkpoints: list[Path], output_dir: Path) -> Path:
+    """The last complete one."""
+    for checkpoint in reversed(checkpoints):
+        if read_run(checkpoint) is not None:
+            return checkpoint
+        logger.info("%s is not complete and is ignored", checkpoint)
+    raise BadInput(f"--resume_from_checkpoint True: there is no complete checkpoint in {output_dir}")
+
+
+def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path):
+    """Raises BadInput if a checkpoint named by the user is not a complete one, or not the last of this output_dir."""
+    if not checkpoint.is_dir():
+        raise BadInput(f"--resume_from_checkpoint {checkpoint}: there is no such directory")
+    if read_run(checkpoint) is None:
+        raise BadInput(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint")
+    if checkpoint.resolve().parent != output_dir.resolve():
+        raise BadInput(f"{checkpoint} is another run's: resume with --output_dir {checkpoint.parent}")
+    if checkpoint.name != checkpoints[-1].name:
+        raise BadInput(
+            f"{output_dir} has {checkpoints[-1].name}, later than {checkpoint.name}: move the later ones away "
+            "first, or the next resume would go on from them"
+        )
+
+
+def check_same_run(checkpoint: Path, found: dict, asked: dict):
+    """Raises BadInput if the flags describe another run than the checkpoint's run.json."""
+    for key, value in asked.items():
+        if key == "batch" and found[key] != value:
+            raise BadInput(
+                f"{checkpoint} was trained with {found[key]} conversations in an optimiser step, not {value}: choose "
+                "processes x --per_device_train_batch_size x --gradient_accumulation_steps to give that"
+            )
+        if found[key] != value:
+            raise BadInput(
+                f"{checkpoint} was trained with --{key} {found[key]}, not {value}: use the same, or another "
+                "--output_dir"
+            )
+    if found["save_only_model"]:
+        raise BadInput(f"{checkpoint} was saved with --save_only_model: without Adam's moments it cannot be resumed")
+
+
+def identity(model_args, training_args, checkpoint: Path | None, train_data, eval_data) -> dict:
+    """run.json of this run. Raises BadInput on every rank if the ranks do not have the same data and checkpoint, or
+    if the checkpoint was trained on other data."""
+    data, eval_digest = digest(train_data), digest(eval_data) if eval_data else ""
+    same = {"training set": data, "evaluation set": eval_digest, "checkpoint to resume from": str(checkpoint)}
+    check_ranks(training_args, **same)
+    if checkpoint is not None and read_run(checkpoint)["data"] != data:
+        raise BadInput(
+            f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
+            "--model_max_length, --packing and --eval_holdout"
+        )
+    return describe(model_args, training_args) | {"data": data}
+
+
+def digest(dataset) -> str:
+    """A number that changes with the data: rows, all lengths where they are known, and 64 rows token by token."""
+    found = hashlib.sha256(str(len(dataset)).encode())
+    if "length" in (getattr(dataset, "column_names", None) or []):
+        found.update(str(list(dataset["length"])).encode())
+    for i in range(0, len(dataset), max(1, len(dataset) // 64)):
+        row = dataset[i]
+        found.update(str([[int(number) for number in row[key]] for key in ("input_ids", "labels")]).encode())
+    return found.hexdigest()
+
+
+def check_ranks(training_args, **same: str):
+    """Raises BadInput on every rank if one has something else under a name of `same` than rank 0, or does not see
+    rank 0's output directory: each trains on its share of the same rows, and writes its part of one checkpoint."""
+    ranks = gather_object([same])
+    for name in same:
+        different = [rank for rank, other in enumerate(ranks) if other[name] != ranks[0][name]]
+        if different:
+            raise BadInput(
+                f"rank {different[0]} has another {name} than rank 0: start all with the same files and flags"
+            )
+    if training_args.world_size == 1:
+        return
+    probe = Path(training_args.output_dir, f"{INCOMPLETE}probe")
+    if training_args.process_index == 0:
+        probe.mkdir(parents=True, exist_ok=True)
+    training_args.distributed_state.wait_for_everyone()
+    blind = [rank for rank, sees in enumerate(gather_object([probe.is_dir()])) if not sees]
+    if training_args.process_index == 0:
+        probe.rmdir()
+    if blind:
+        raise BadInput(
+            f"rank {blind[0]} does not see the directory {probe.parent} of rank 0: several nodes need an --output_dir "
+            "that they share"
+        )
+
+
+def begin(training_args, where: str):
+    """On rank 0, before the first step: clears what a killed run was writing, and writes train_command.txt, which says
+    what made the weights beside it. where: how the processes are arranged."""
+    if training_args.process_index > 0:
+        return
+    output_dir = Path(training_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for left in output_dir.glob(f"{INCOMPLETE}*"):
+        shutil.rmtree(left)
+    lines = (
+        provenance.command(),
+        f"date: {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        f"commit: {provenance.commit()}",
+        f"versions: {provenance.versions()}",
+        f"GPU: {provenance.gpu()} (processes: {training_args.world_size}, {where})",
+    )
+    (output_dir / "train_command.txt").write_text("\n".join(lines) + "\n")
