@@ -1,0 +1,254 @@
+"""Do README.md and docs/ say what the raw files say? Computes each figure anew and looks for it in the text.
+
+    python benchmark/check_figures.py
+
+Prints a line for each claim and each table: OK, or what the raw data give and what the text says. Ends with status 1
+if one differs. Needs nothing but Python. What has no raw file cannot be checked, such as the quickstart's figures.
+
+A new claim is a line of CLAIMS: its words with {} for each figure, and what computes the figures. Line breaks and **
+do not matter. A new table is a line of TABLES: its headings, and its rows: a label, then the cells.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from raw_figures import (
+    GENTLE,
+    LENGTHS,
+    OLD_MEMORY,
+    OLD_PASS,
+    ONE_EPOCH,
+    OWN,
+    RUINED,
+    RUNS,
+    SETS,
+    STEPS,
+    a_pass,
+    cpu_table,
+    decoded,
+    dot,
+    faster_table,
+    follows,
+    fp8_losses,
+    gains,
+    held_out_table,
+    lined,
+    lm_head,
+    load,
+    log_table,
+    loss_table,
+    memory_table,
+    new_4_grams,
+    own_top,
+    pays_table,
+    peaks,
+    promised,
+    rank_table,
+    row,
+    rows,
+    simulated,
+    stage_2_table,
+    step_table,
+    steps,
+    trial_ms,
+)
+
+TEXTS = Path(__file__).resolve().parent.parent
+Checks = dict[str, list[tuple[str, Callable[[], Iterable]]]]  # file: words or headings, what computes the figures
+
+# What the texts say
+
+# fmt: off
+CLAIMS: Checks = {
+    "README.md": [
+        ("{:.0f} GiB in stage 1 and {:.0f} to {:.0f} in stage 2", lambda: [peaks(1)[-1], peaks(2)[0], peaks(2)[-1]]),
+        ("default takes {:.0f} and {:.0f} to {:.0f}",
+         lambda: [peaks(1, "liger")[-1], peaks(2, "liger")[0], peaks(2, "liger")[-1]]),
+        ("All logits run out of memory at {:,} tokens in stage 1 and from {:,} on in stage 2",
+         lambda: [LENGTHS[len(peaks(stage, "hf"))] for stage in (1, 2)]),
+        ("stage 1 or stage 2, 5 heads | {:.0f} or {:.0f} to {:.0f} GiB",
+         lambda: [peaks(1)[-1], peaks(2)[0], peaks(2)[-1]]),
+        ("{:,.0f} tokens/s", lambda: [steps(1, 5, "ours")[2048]["tokens_per_s"]]),
+        ("{:.1f} to {:.1f} times as fast as Liger's default chunks", lambda: gains(1, "liger")),
+        ("{:.2f} to {:.2f} times as fast as all logits. -", lambda: gains(1, "hf")),
+        ("{:.2f} to {:.1f} times as fast as Liger's default, partly", lambda: gains(2, "liger")),
+        ("fewer layers, and {:.2f} to {:.2f} times as fast as all logits", lambda: gains(2, "hf")),
+        ("{:.2f} times as fast with 3 heads at 4,096 tokens, for {:.0f} to {:.0f} % of each head's accuracy",
+         lambda: [trial_ms("K=3 4096 bf16") / trial_ms("K=3 4096 Fp8"), *fp8_losses()]),
+        ("head 1 is right {:.0f} % of the time on held-out conversations, and within its five best guesses {:.0f} %",
+         lambda: [100 * load(ONE_EPOCH)["top"][1][rank] for rank in (0, 4)]),
+        ("{:.2f} tokens per pass with 32 guesses and {:.2f} with 64 if one walks along its texts (simulated), and "
+         "{:.2f} and {:.2f} (63 guesses) in a real run",
+         lambda: [*(simulated(OWN, nodes) for nodes in (32, 64)),
+                  *(decoded(nodes)["tokens_per_pass"] for nodes in (32, 63))]),
+        ("{:.2f} times with 32 guesses and {:.2f} with 63 on an H100",
+         lambda: [decoded(nodes)["speed_up"] for nodes in (32, 63)]),
+        ("three heads of stage 2 were {:.2f} times as fast",
+         lambda: [decoded(32, "decoding_cpu.csv", "3 heads, stage 2")["speed_up"]]),
+        ("by its step times {:.2f} times follow with 32 guesses", lambda: [follows(32)]),
+        ("a plain pass takes {:.2f} ms, {:.2f} times the time to read the weights",
+         lambda: [a_pass(0)["step_ms"], a_pass(0)["step_ms"] / a_pass(0)["floor_ms"]]),
+        ("63 guesses of 3 heads {:.2f} ms, so heads pay from {:.2f} tokens per pass on",
+         lambda: [a_pass(63, 3)["step_ms"], a_pass(63, 3)["ratio_to_plain"]]),
+        ("With {:.2f} (simulated, above), over the {:.2f} ms of that tree's pass, five heads would decode {:.2f}",
+         lambda: [simulated(OWN, 64), a_pass(63)["step_ms"], simulated(OWN, 64) / a_pass(63)["ratio_to_plain"]]),
+    ],
+    "docs/performance.md": [
+        ("{:.0f} TFLOP/s on this H100 and {:.0f} on this H200",
+         lambda: [steps(stage, 3, "ours")[1024]["ceiling_tflops"] for stage in (1, 2)]),
+        ("they do {:.0f} and {:.0f}", lambda: [steps(stage, 3, "ours")[1024]["sustained_tflops"] for stage in (1, 2)]),
+        ("is at {:.2f}.", lambda: [(x := steps(1, 5, "ours")[8192])["useful_tflops"] / x["sustained_tflops"]]),
+        ("{:.2f}, {:.2f} and {:.2f} times as fast as bf16 with 3 heads",
+         lambda: [steps(1, 3, "ours")[length]["step_time_s"] / fp8["step_time_s"]
+                  for length, fp8 in steps(1, 3, "ours", fp8=True).items()]),
+        ("each accuracy loses {:.0f} to {:.0f} % of itself", fp8_losses),
+        ("Packing gives {:.2f} times the rows of padding", lambda: [
+            row(STEPS[1], data="packed")["rows_per_s"] / row(STEPS[1], data="padded")["rows_per_s"]]),
+    ],
+    "docs/distributed.md": [
+        ("{:.1f} for 2 GPUs, stage 1, 5 heads; {:.1f} for 4, stage 2, 5 heads",
+         lambda: [row(OLD_MEMORY, world_size=n, length=1024)["peak_gib"] for n in (2, 4)]),
+        ("{:.1f} was measured", lambda: [row(OLD_MEMORY, world_size=64, length=1024)["peak_gib"]]),
+    ],
+    "docs/decoding.md": [
+        ("{:.2f} ms ({:.1f} GB at {:.2f} TB/s, a copy), so a plain pass is {:.2f} times that",
+         lambda: [*(a_pass(0)[key] for key in ("floor_ms", "weight_gb", "bandwidth_tb_s")),
+                  a_pass(0)["step_ms"] / a_pass(0)["floor_ms"]]),
+        ("a plain pass took {:.2f} ms and one with 3 heads and 63 guesses {:.2f}, {:.2f} times as long",
+         lambda: [(x := a_pass(63, 3, OLD_PASS, 7680))["plain_ms"], x["step_ms"], x["ratio_to_plain"]]),
+        ("promise {:.2f} with 32 nodes and yield {:.2f}", lambda: [promised(OWN, 5, 32), simulated(OWN, 32)]),
+        ("{:.0f} of {:.0f} answers of 256 tokens",
+         lambda: [(x := decoded(32))["prompts"] - x["identical"], x["prompts"]]),
+    ],
+    "docs/results.md": [
+        ("{:,.0f} tokens/s without those, {:,.0f} rows/s",
+         lambda: [row(RUNS, run="f1")[key] for key in ("tokens_per_s", "rows_per_s")]),
+    ],
+    "docs/log.md": [
+        ("folded: {:.1f} instead of {:.1f} ms; no clipping: {:.1f}",
+         lambda: [trial_ms(run) for run in ("folded scale and no select 2048", "base 2048", "no clip 2048")]),
+        ("{:.1f} % slower |", lambda: [100 * trial_ms("attention: FLASH_ATTENTION") / trial_ms("base 2048") - 100]),
+        ("{:.1f} % and {:.1f} %, for 0.5 GiB",
+         lambda: [100 * trial_ms("base 2048") / trial_ms(f"chunk {size}") - 100 for size in (4096, 8192)]),
+        ("a promise of {:.2f} for a length of {:.2f}",
+         lambda: [decoded(32)["expected_length"], simulated(OWN, 32, "joint")]),
+        ("{:.2f} tokens per pass with 32 guesses and {:.2f} with 63",
+         lambda: [simulated(RUINED, nodes, "best") for nodes in (32, 63)]),
+        ("right about {} of ShareGPT's held-out tokens, where SmolLM2 was right about {}",
+         lambda: [lm_head(RUINED), lm_head(OWN)]),
+        ("of the 4-grams of an answer {} are new, of SmolLM2's {}",
+         lambda: [new_4_grams("stage 2, lr 5e-4"), new_4_grams("SmolLM2-135M-Instruct")]),
+        ("right about {} of ShareGPT's tokens", lambda: [lm_head(GENTLE)]),
+        ("{:.2f} tokens per pass instead of {:.2f} with 32 guesses, {:.2f} instead of {:.2f} with 8",
+         lambda: [row("adaptive_trees.csv", nodes=nodes)[f"{kind}_tokens_per_pass"] for nodes in (32, 8)
+                  for kind in ("chosen_each_pass", "fixed_tree")]),
+        ("began at {} and ended at {} with lr 2.5e-5 and {} with 5e-4", lambda: [
+            dot(sum(row["head_0_top1"] for row in logs) / len(logs), digits=2) for logs in (
+                rows("stage2_2.5e-5_training.csv")[:3], rows("stage2_2.5e-5_training.csv")[-10:],
+                rows("stage2_cpu_training.csv")[-20:])]),
+    ],
+}
+
+TABLES: Checks = {
+    "docs/performance.md": [
+        ("stage 1, H100 | 1024 | 2048 | 4096 | 8192", lambda: step_table(1)),
+        ("stage 2, H200 | 1024 | 2048 | 4096 | 8192", lambda: step_table(2)),
+        (" | 1024 | 2048 | 4096 | 8192", memory_table),
+        ("tokens | tokens/s | peak GiB (reserved) | useful TFLOP/s", lambda: lined(
+            STEPS[1], [(f"{n:,}", {"length": n}) for n in (32768, 65536, 131072)],
+            "{tokens_per_s:,.0f}", "{peak_gib:.1f} ({reserved_gib:.1f})", "{useful_tflops:.0f}")),
+        ("batches | rows/s | tokens/s | step", lambda: lined(
+            STEPS[1], [(kind, {"data": kind}) for kind in ("padded", "grouped", "packed")],
+            "{rows_per_s:,.0f}", "{tokens_per_s:,.0f}", "{step_time_s:.3f} s")),
+        ("trained with | head 1 | 2 | 3 | 4 | 5", lambda: [
+            [f"{kind} backbone", *(dot(x["top1"]) for x in rows("fp8_accuracy.csv", trained_with=kind)[1:])]
+            for kind in ("bf16", "fp8")]),
+        (" | 4,096 rows | 8,192 rows | 16,384 rows", loss_table),
+    ],
+    "docs/distributed.md": [("GiB, 8 ranks, B = 4 | 1024 | 2048 | 4096 | 8192", rank_table)],
+    "docs/decoding.md": [
+        ("heads | guesses | ms per pass | a pass must yield | SmolLM2's accuracies would give | "
+         "speed-up that would be", pays_table),
+    ],
+    "docs/results.md": [
+        ("heads | top-1, heads 1 to 5 | top-5", lambda: [
+            [label, own_top(file), own_top(file, 5)] for label, file in SETS.items()]),
+        ("heads | chain of 5 | 4 guesses | 8 | 16 | 32 | 64", lambda: [
+            [label, f"{simulated(file, 5, 'chain'):.2f}", *(f"{simulated(file, n):.2f}" for n in (4, 8, 16, 32, 64))]
+            for label, file in SETS.items()]),
+        ("own answers, 3 ResBlocks | tokens per pass (60 prompts) | speed-up measured, 6216ae2 | ms per pass, "
+         "before | after | speed-up that follows", faster_table),
+        (" | tokens/s | tokens per pass | ms per pass | speed-up | identical texts", cpu_table),
+        (" | top-1, untrained | top-1 | top-5, untrained | top-5 | top-10", held_out_table),
+        ("H100, own answers | tokens/s | tokens per pass | ms per pass | speed-up | identical texts", lambda: lined(
+            "decoding_h100.csv", [(label, {"nodes": nodes, "label": "own answers"}) for label, nodes in (
+                ("plain decoding", 0), ("chain of 5", 5), *((f"{n} guesses", n) for n in (8, 16, 32, 63)))],
+            "{tokens_per_s:,.1f}", "{tokens_per_pass:.2f}", "{step_ms:.2f}", "{speed_up:.2f}",
+            "{identical:.0f} of {prompts:.0f}")),
+    ],
+    "docs/log.md": [
+        ("step | stage 1, heads 1 to 4 | stage 2, lr 5e-4, heads' 2e-3, lambda_0 0.2 | its lm_head", log_table),
+        ("stage 2, three heads | heads 1 to 3, own text | tokens per pass: chain, 8, 32, 63 guesses | "
+         "new 4-grams (SmolLM2: .66)", stage_2_table),
+        ("run | conversations or lines a step, settings | heads 1 to 5, held-out top-1 | tokens/s", lambda: [
+            [row["run"], None, dot(*(row[f"head_{k}_top1"] for k in range(1, 6))), f"{row['tokens_per_s']:,.0f}"]
+            for row in load(RUNS)]),
+    ],
+}
+# fmt: on
+
+
+# Comparing
+
+
+def claim_problems(text: str, words: str, figures: list) -> list[str]:
+    """Empty if the words stand in the text with these figures, else what stands there."""
+    text, right = " ".join(text.replace("**", "").split()), words.format(*figures)
+    if re.search(rf"(?<![\d.,]){re.escape(right)}(?!\d|[.,]\d)", text):
+        return []
+    shape = re.sub(r"\\{.*?\\}", r"[-.\\d][\\d.,]*", re.escape(words))
+    found = re.search(shape, text)
+    return [f"the raw data give it like that, the text says: {found[0]}" if found else "the text has no such words"]
+
+
+def table_problems(text: str, headings: str, expected) -> list[str]:
+    """What is wrong in the table with these headings, cell by cell. Rows are found by the beginning of their label."""
+    tables = [[cells(line) for line in block.splitlines()] for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    tables = [table for table in tables if table[0] == cells(f"|{headings}|")]
+    if len(tables) != 1:
+        return [f"the text has {len(tables)} tables with the headings {headings!r}"]
+    problems, (names, _, *left) = [], tables[0]
+    for label, *right in expected:
+        lines = [line for line in left if line[0].startswith(label)]
+        if not lines:
+            problems.append(f"there is no row {label!r}")
+            continue
+        left.remove(line := min(lines, key=lambda line: len(line[0])))
+        for name, says, gives in zip(names[1:], line[1:], right, strict=True):
+            if gives is not None and gives != says:
+                problems.append(f"row {label!r}, column {name!r}: the raw data give {gives!r}, the text says {says!r}")
+    return problems + [f"row {line[0]!r} is not in the raw data" for line in left]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.replace("**", "").strip()[1:-1].split("|")]
+
+
+def main() -> int:
+    bad = total = 0
+    for file in dict.fromkeys([*CLAIMS, *TABLES]):
+        text = (TEXTS / file).read_text()
+        for checks, problems in ((CLAIMS, claim_problems), (TABLES, table_problems)):
+            for words, compute in checks.get(file, []):
+                expected = list(compute())
+                found = problems(text, words, expected)
+                print(f"{'NO' if found else 'OK'} {file}: {words.format(*expected)}", *found, sep="\n     ")
+                bad, total = bad + bool(found), total + 1
+    print(f"{bad} of {total} differ from benchmark/results/" if bad else f"all {total} agree with benchmark/results/")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
