@@ -15,7 +15,7 @@
 #   MODEL=models/SmolLM2-135M-Instruct    what `resume` trains (scripts/quickstart.sh makes it)
 set -eu
 cd "$(dirname "$0")/.."
-. scripts/gpus.sh
+. scripts/launch.sh
 
 WHAT="${1:-}" STAGE="${2:-}" SMOKE="${3:-}"
 case "$WHAT,$STAGE,$SMOKE" in
@@ -44,7 +44,7 @@ fi
 . scripts/setup.sh
 CSV=$RESULTS/$(date +%Y-%m-%d)_gpus_$WHAT.csv
 
-launch() { # number of processes, script and flags
+launch_here() { # number of processes, script and flags
     processes=$1
     shift
     "$PY" -m accelerate.commands.launch --quiet --config_file "$CONFIG" --num_processes "$processes" "$@"
@@ -55,7 +55,7 @@ measure() { # number of processes, flags of benchmark/memory.py. Out of memory e
     shift
     echo "== $processes processes: benchmark/memory.py --stage $STAGE $*"
     # shellcheck disable=SC2086  # SMOKE is a word, or none
-    if launch "$processes" benchmark/memory.py --stage "$STAGE" --out "$CSV" "$@" $SMOKE; then
+    if launch_here "$processes" benchmark/memory.py --stage "$STAGE" --out "$CSV" "$@" $SMOKE; then
         DONE=$((DONE + 1))
     else
         echo "== this one failed, see above; if memory ran out on rank 0, the last row of $CSV says OOM" >&2
@@ -92,7 +92,7 @@ case "$WHAT" in
             directory=$1
             shift
             # shellcheck disable=SC2086  # TRAIN is several words
-            launch "$NUM_GPUS" train.py --model_name_or_path "$MODEL" --data_path data/quickstart.jsonl \
+            launch_here "$NUM_GPUS" train.py --model_name_or_path "$MODEL" --data_path data/quickstart.jsonl \
                 --medusa_only_heads "$([ "$STAGE" = 1 ] && echo True || echo False)" --medusa_num_heads 3 \
                 --output_dir "$directory" $TRAIN --save_strategy steps --disable_tqdm True --report_to none "$@"
         }

@@ -3,6 +3,7 @@
 #   PYTHON=python3.12    the interpreter to make it with
 #   VENV=/some/place     where (default .venv)
 #   VENV=none            no virtual environment: use the python3 that is active, with whatever it has
+[ -t 2 ] || export TQDM_DISABLE=1 # a progress bar in a file or a pipe is half a line for each of its updates
 VENV="${VENV:-.venv}"
 if [ "$VENV" = none ]; then
     PY="${PYTHON:-python3}"

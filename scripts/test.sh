@@ -1,11 +1,21 @@
 #!/bin/sh
-# Sets up and passes the tests on a machine without a GPU: lint, shell scripts, every test that needs no GPU.
-#   bash scripts/test.sh                     all of it (where there is a GPU, its tests too)
-#   bash scripts/test.sh tests/test_loss.py  what pytest is given
+# Sets up and passes the tests on a machine without a GPU: lint, types, shell scripts, every test that needs no GPU.
+#   bash scripts/test.sh                     all of it, about 5 minutes (where there is a GPU, its tests too)
+#   bash scripts/test.sh --fast              for the loop while editing: without what takes long (see CONTRIBUTING.md)
+#   bash scripts/test.sh --lint              lint and types only: what a commit hook runs
+#   bash scripts/test.sh tests/model         what pytest is given
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 PATH="$(dirname "$PY"):$PATH" shellcheck --external-sources scripts/*.sh .ci/run
+"$PY" -m mypy
+case "${1:-}" in
+    --lint) exit ;;
+    --fast)
+        shift
+        exec "$PY" -m pytest -m "not gpu and not interpreter and not processes and not slow" "$@"
+        ;;
+esac
 exec "$PY" -m pytest "$@"

@@ -115,6 +115,26 @@ def write_jsonl(path, records) -> str:
     return str(path)
 
 
+# What takes long, by file: `scripts/test.sh --fast` leaves it out (CONTRIBUTING.md says what each marker means).
+MARKERS = {
+    "processes": ("test_distributed.py", "test_resume.py", "test_memory.py", "test_errors.py", "test_fsdp_gpu.py"),
+    "interpreter": ("test_kernels.py", "test_products.py", "test_head_loss.py", "test_fp8.py"),
+    "slow": ("test_train.py", "test_throughput.py", "test_scripts.py", "test_decoding_benchmarks.py"),
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marks the files above, and deselects what needs a GPU where there is none."""
+    for item in items:
+        for marker, files in MARKERS.items():
+            if item.path.name in files:
+                item.add_marker(marker)
+    if not torch.cuda.is_available():
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 @pytest.fixture(autouse=True)
 def _reproducible(tmp_path, monkeypatch):
     """Same seed for each test, and a cache of its own for datasets."""

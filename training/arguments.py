@@ -170,10 +170,16 @@ class TrainingArguments(transformers.TrainingArguments):
             raise BadInput(f"{asked} processes were started here, but there are {there} GPUs: one process per GPU")
 
 
+class Parser(transformers.HfArgumentParser):
+    def error(self, message: str):
+        raise BadInput(message)  # argparse's own would print the usage of all flags first
+
+
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Raises BadInput for an unknown or renamed flag and for combinations that cannot work, before anything loads."""
+    """Raises BadInput for an unknown or renamed flag, a value that is none, and combinations that cannot work, before
+    anything loads."""
     refuse_renamed(argv)
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser = Parser((ModelArguments, DataArguments, TrainingArguments))
     try:
         model, data, training = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:  # an unknown flag, or what TrainingArguments itself refuses

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from callback import peak_process_gib
 from common.errors import BadInput
@@ -48,9 +48,23 @@ def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Pat
 
         use_fp8(backbone, training_args.device)
     model.choose_kernels(model_args.use_liger, training_args.device)
+    if training_args.device.type == "cuda" and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        warn_of_memory(model, torch.cuda.get_device_properties(training_args.device).total_memory)
     memory = [f"{gib:.1f}" for gib in gather_object([peak_process_gib()])]
     logger.info("the model is built; each process had at most %s GiB of CPU memory", ", ".join(memory))
     return model
+
+
+def warn_of_memory(model: MedusaModel, device_bytes: int):
+    """Says so if a GPU that holds the whole model is too small for what AdamW keeps: of each trained weight its value,
+    gradient and two moments, of each frozen one its value."""
+    kept = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
+    if kept > device_bytes:
+        logger.warning(
+            "weights, gradients and Adam's moments take %.0f GB, and a GPU has %.0f: memory will run out. Share them "
+            "out over several GPUs with FSDP (docs/distributed.md), or take a smaller backbone or fewer heads",
+            *(kept / 1e9, device_bytes / 1e9),
+        )
 
 
 def check_sizes(backbone, model_args, data_args, tokenizer):
