@@ -1,1 +1,1 @@
-"""What every part needs: errors for people, whole files, where a result comes from, what the terminal shows."""
+"""What every part needs: errors for people, atomic files, where a result comes from, what the terminal shows."""

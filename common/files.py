@@ -1,4 +1,4 @@
-"""Files that are whole or not there: whenever a writer is stopped, a reader finds the old file or the new one."""
+"""Writes files whole or not at all: whenever the writer is stopped, a reader finds the old file or the new one."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from common.errors import BadInput
 
 
 def write_atomically(path: Path, write):
-    """`write(temporary path)`, fsync, rename: whatever happens, `path` is the old file or the whole new one."""
+    """Calls `write(temporary path)`, syncs the file to disk and renames it to `path`."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     fsync(temporary)
@@ -17,7 +17,7 @@ def write_atomically(path: Path, write):
 
 
 def fsync(path: Path):
-    """Waits until a file, or the list of a directory's entries, is on the disk."""
+    """Waits until a file, or a directory's list of entries, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,25 +33,25 @@ def read_json(path):
 
 
 def start_over(directory: Path):
-    """An empty directory to write into."""
+    """Makes an empty directory, deleting what was there."""
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)
 
 
 def publish(staging: Path, final: Path):
-    """Renames a finished directory, after all in it is on the disk."""
+    """Renames a finished directory once everything in it is on disk."""
     for path in (*staging.rglob("*"), staging):
         fsync(path)
-    if final.exists():  # not complete, or the run would have gone on from it
+    if final.exists():  # not complete, or the run would have resumed from it
         shutil.rmtree(final)
     os.rename(staging, final)
     fsync(final.parent)
 
 
 def publish_files(staging: Path, final: Path):
-    """Moves the files of a finished directory into `final`, the config.json of each level last: a reader that finds
-    it finds the rest."""
+    """Moves the files of a finished directory into `final`, every config.json last: a reader that finds it finds the
+    rest."""
     paths = sorted((p for p in staging.rglob("*") if p.is_file()), key=lambda p: (p.name == "config.json", p))
     for path in paths:
         fsync(path)

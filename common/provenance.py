@@ -14,7 +14,7 @@ LIBRARIES = ("torch", "triton", "transformers", "accelerate", "liger-kernel", "d
 
 
 def commit() -> str:
-    """Full hash of the checked-out commit; says so where files differ from it."""
+    """Full hash of the checked-out commit, and a note if files differ from it."""
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode != 0:

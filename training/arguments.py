@@ -1,15 +1,22 @@
-"""The command line of train.py: every flag and its meaning. refusals.py has the combinations that cannot work."""
+"""Every flag of train.py and its meaning. training/refusals.py has the combinations that cannot work."""
 
 import os
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from common.errors import BadInput
 from training.refusals import refuse, refuse_renamed
+
+
+def computed(text: str) -> Any:
+    """A field that __post_init__ fills in if the flag is not given."""
+    return field(default=None, metadata={"help": text})
 
 
 @dataclass
@@ -70,13 +77,10 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."
-        },
+    output_dir: str = computed(
+        "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."
     )
-    do_eval: bool | None = field(
+    do_eval: bool | None = field(  # type: ignore[assignment]  # None until parse() knows the data
         default=None,
         metadata={"help": "Evaluate when training has ended (default: if there is something to evaluate on)."},
     )
@@ -97,18 +101,12 @@ class TrainingArguments(transformers.TrainingArguments):
             "choices": ["constant", "linear", "sine"],
         },
     )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Of the backbone; times --medusa_lr_multiplier, of the heads. Default: 1e-3 in stage 1, else 1e-5."
-        },
+    learning_rate: float = computed(
+        "Of the backbone; times --medusa_lr_multiplier, of the heads. Default: 1e-3 in stage 1, else 1e-5."
     )
-    medusa_lr_multiplier: float | None = field(
-        default=None,
-        metadata={
-            "help": "The heads' learning rate over --learning_rate. Default: 1 in stage 1, else what gives them 5e-4, "
-            "but at least 1."
-        },
+    medusa_lr_multiplier: float = computed(
+        "The heads' learning rate over --learning_rate. Default: 1 in stage 1, else what gives them 5e-4, but at "
+        "least 1."
     )
     gradient_checkpointing_layers: int | None = field(
         default=None,
@@ -134,33 +132,34 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         self.check_gpus()
-        # Of stage 1 the rate of the original Medusa recipe; of stage 2 a usual one for full fine-tuning.
         stage_1 = self.medusa_only_heads
+        # Stage 1: as in the original Medusa recipe. Stage 2: a common rate for full fine-tuning.
         if self.learning_rate is None:
             self.learning_rate = 1e-3 if stage_1 else 1e-5
-        if self.medusa_lr_multiplier is None:  # fresh heads beside a trained backbone want 5e-4
+        if self.medusa_lr_multiplier is None:  # 5e-4 for heads that are fresh beside a trained backbone
             self.medusa_lr_multiplier = 1.0 if stage_1 else max(1.0, 5e-4 / self.learning_rate)
         if self.output_dir is not None:
             self.output_dir = self.output_dir.replace("{stage}", "1" if stage_1 else "2")
-        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # configs/*.yaml: what accelerate will do anyway
+        if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # from configs/*.yaml: accelerate computes in bf16
             self.bf16 = True
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # a head without a row has zero gradients, not none
+            self.ddp_find_unused_parameters = False  # every head has gradients: zeros if it has no row
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # or --bf16 is refused, though a CPU computes in bf16 too
+            self.use_cpu = True  # or transformers refuses --bf16, though a CPU can compute in bf16
             self.dataloader_pin_memory = False
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         super().__post_init__()
-        # Or the copy of a batch to the GPU waits until the last step is done. It needs pinned memory.
+        assert isinstance(self.accelerator_config, AcceleratorConfig)  # super().__post_init__() made it one
+        # Copies a batch to the GPU while the last step still runs. It needs pinned memory.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        if self.n_gpu > 1:  # one process that sees several GPUs uses one; the Trainer would use DataParallel
+        if self.n_gpu > 1:  # a process uses one GPU; where it sees several, the Trainer would use DataParallel
             self._n_gpu = 1
-        self.remove_unused_columns = False  # columns are the business of conversations/rows.py
-        # The Trainer's filter replaces a NaN loss by the average and trains on; MedusaTrainer stops instead.
+        self.remove_unused_columns = False  # conversations/rows.py chooses the columns
+        # The Trainer's filter logs the average in place of a NaN loss and trains on; MedusaTrainer stops instead.
         self.logging_nan_inf_filter = False
         if parse_flag_from_env("ACCELERATE_USE_FSDP") and self.accelerator_config.gradient_accumulation_kwargs is None:
-            # Without it each rank would add up the whole gradient over the micro-batches, 43 GB for 8B and 5 heads.
+            # Or each rank would sum up whole gradients over the micro-batches: 43 GB for an 8B model with 5 heads.
             self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
     @staticmethod
@@ -172,22 +171,23 @@ class TrainingArguments(transformers.TrainingArguments):
 
 class Parser(transformers.HfArgumentParser):
     def error(self, message: str):
-        raise BadInput(message)  # argparse's own would print the usage of all flags first
+        raise BadInput(message)  # argparse would print the usage of all flags first
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Raises BadInput for an unknown or renamed flag, a value that is none, and combinations that cannot work, before
-    anything loads."""
+    """Raises BadInput, before anything loads, for an unknown or renamed flag, an invalid value, and combinations that
+    cannot work."""
     refuse_renamed(argv)
-    parser = Parser((ModelArguments, DataArguments, TrainingArguments))
+    classes: Any = (ModelArguments, DataArguments, TrainingArguments)  # annotated as several of one class
+    parser = Parser(classes)
     try:
         model, data, training = parser.parse_args_into_dataclasses(argv)
-    except ValueError as error:  # an unknown flag, or what TrainingArguments itself refuses
+    except ValueError as error:  # an unknown flag, or a value that transformers refuses
         raise BadInput(str(error)) from error
     refuse(model, data, training)
     if training.medusa_only_heads:  # a frozen backbone keeps no activations, so there is nothing to recompute
         training.gradient_checkpointing = False
-        training.activation_checkpointing = False  # the name from transformers 5.20 on; the old one mirrors it
+        training.activation_checkpointing = False  # its name since transformers 5.20; the old one mirrors it
     if training.do_eval is None:
         training.do_eval = data.eval_data_path is not None or data.eval_holdout > 0
     return model, data, training

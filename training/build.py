@@ -1,4 +1,4 @@
-"""The model that train.py's flags ask for: backbone, heads, what is frozen, which kernels compute."""
+"""Builds the model that train.py's flags ask for: backbone, heads, frozen parts, kernels."""
 
 import logging
 from pathlib import Path
@@ -17,8 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Path | None) -> MedusaModel:
-    """checkpoint: the one to resume from, or None. Raises BadInput if backbone, tokenizer, heads and flags do not go
-    together. Called on every process; one that FSDP sends its weights to only reserves memory."""
+    """Called on every process. A process that gets its weights through FSDP only reserves memory for them.
+
+    checkpoint: the one to resume from, or None. Raises BadInput if backbone, tokenizer, heads and flags do not fit
+    together.
+    """
     frozen = torch.bfloat16 if training_args.bf16 else torch.float32
     trainable = getattr(torch, model_args.dtype)
     where = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
@@ -44,7 +47,7 @@ def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Pat
     if training_args.medusa_only_heads:
         model.freeze_backbone()
     if training_args.fp8_backbone:
-        from training.fp8 import use_fp8  # not above: it needs Triton
+        from training.fp8 import use_fp8  # not at the top: it needs Triton
 
         use_fp8(backbone, training_args.device)
     model.choose_kernels(model_args.use_liger, training_args.device)
@@ -56,8 +59,8 @@ def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Pat
 
 
 def warn_of_memory(model: MedusaModel, device_bytes: int):
-    """Says so if a GPU that holds the whole model is too small for what AdamW keeps: of each trained weight its value,
-    gradient and two moments, of each frozen one its value."""
+    """Warns if one GPU cannot hold the whole model in training: value, gradient and AdamW's two moments of each trained
+    weight, and the value of each frozen one."""
     kept = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
     if kept > device_bytes:
         logger.warning(
@@ -68,7 +71,8 @@ def warn_of_memory(model: MedusaModel, device_bytes: int):
 
 
 def check_sizes(backbone, model_args, data_args, tokenizer):
-    """Raises BadInput if the tokenizer has more tokens than the backbone, or --model_max_length more positions."""
+    """Raises BadInput if the backbone has fewer embeddings than the tokenizer has tokens, or fewer positions than
+    --model_max_length."""
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise BadInput(
@@ -81,15 +85,15 @@ def check_sizes(backbone, model_args, data_args, tokenizer):
 
 
 def trained_heads(model_args, training_args, checkpoint: Path | None) -> Path | None:
-    """The directory of trained heads to start from: the checkpoint's in stage 1, or --medusa_heads_path. In stage 2 a
-    checkpoint's heads are loaded with the backbone, after the model is sharded (training/checkpoints.py)."""
+    """The directory of trained heads to start from, if any: a stage 1 checkpoint, or --medusa_heads_path. The heads of
+    a stage 2 checkpoint are loaded with its backbone, after the model is sharded (training/checkpoints.py)."""
     if checkpoint is not None:
         return checkpoint if training_args.medusa_only_heads else None
     return None if model_args.medusa_heads_path is None else find_heads(model_args.medusa_heads_path)[0]
 
 
 def put_heads(model: MedusaModel, heads_dir: Path, reads: bool):
-    """Trained heads into the model. Raises BadInput if they are of other sizes."""
+    """Loads trained heads, where this process reads weights. Raises BadInput if they are of other sizes."""
     fields = load_config(heads_dir)
     for key in ("medusa_num_heads", "medusa_num_layers", "hidden_size", "vocab_size"):
         if fields[key] != getattr(model.config, key):

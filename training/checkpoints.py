@@ -1,13 +1,13 @@
-"""A checkpoint to go on from: everything a run needs to continue exactly, whole or not there at all.
+"""Checkpoints: everything a run needs to continue exactly. A checkpoint is complete, or it is not there.
 
     checkpoint-N/
         medusa_lm_head.safetensors, config.json   stage 1: the heads, in the format of the finished ones
         state/               Adam's moments, and in stage 2 all weights. Each process writes its own part
-                             (torch.distributed.checkpoint), and any number of processes can read them
+                             (torch.distributed.checkpoint); any number of processes can read them
         scheduler.pt, rng_state*.pth, trainer_state.json
-        run.json             what kind of run it is: stage, heads, conversations in an optimiser step
+        run.json             the kind of run: stage, heads, conversations per optimiser step
 
-It is written as incomplete-checkpoint-N, synced to the disk and renamed. Several nodes need one shared output_dir.
+It is written as incomplete-checkpoint-N, synced to disk and renamed. Several nodes need one shared output_dir.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE_DIR, RUN_FILE = "state", "run.json"
 INCOMPLETE = "incomplete-"
-# What a full disk, a lost mount or missing rights look like, by who notices. (RuntimeError: torch.save.)
+# What a full disk, a lost mount or missing rights raise, by the library that notices (RuntimeError: torch.save).
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
@@ -49,7 +50,7 @@ def read_run(checkpoint: Path) -> dict | None:
 
 
 class CheckpointingTrainer(HookedTrainer):
-    """A Trainer of a `MedusaModel` whose checkpoints are those above. `self.run` is what run.json says."""
+    """Trains a `MedusaModel` and writes the checkpoints above. `self.run` is what run.json says of the run."""
 
     run: dict
 
@@ -58,7 +59,7 @@ class CheckpointingTrainer(HookedTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The finished files: heads (stage 1) or backbone and heads (stage 2), and the tokenizer."""
+        """Writes the result: heads (stage 1) or backbone and heads (stage 2), and the tokenizer."""
         directory = Path(output_dir or self.args.output_dir)
         staging = directory / f"{INCOMPLETE}model"
         with self._writing(staging):
@@ -79,7 +80,7 @@ class CheckpointingTrainer(HookedTrainer):
         self._on_rank_0(write)
 
     def save_checkpoint(self) -> None:
-        """`checkpoint-N`, whole or not at all; the Trainer's own could be cut off in the middle."""
+        """Writes `checkpoint-N`, whole or not at all. The Trainer's own method can leave half of one."""
         final = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         best = final.with_name(f"checkpoint-{self.state.best_global_step}")
         if self.state.best_global_step and (best == final or best.exists()):
@@ -100,15 +101,16 @@ class CheckpointingTrainer(HookedTrainer):
         torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
         run = self.run | {"save_only_model": self.args.save_only_model}
         (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
-        # As in the Trainer's own method, which cannot be called for this part alone.
+        # As in the Trainer's `_save_checkpoint`, which cannot be called for this part alone.
+        by_name = cast(dict, self.state.stateful_callbacks)  # annotated as the list it is made from
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 name = type(callback).__name__
-                kept = self.state.stateful_callbacks.get(name)
+                kept = by_name.get(name)
                 if isinstance(kept, list):
                     kept.append(callback.state())
                 else:
-                    self.state.stateful_callbacks[name] = callback.state()
+                    by_name[name] = callback.state()
         self.state.save_to_json(str(staging / "trainer_state.json"))
         publish(staging, final)
         rotate_checkpoints(
@@ -120,14 +122,14 @@ class CheckpointingTrainer(HookedTrainer):
 
     @contextlib.contextmanager
     def _writing(self, staging: Path):
-        """A fresh directory for all ranks to write into, gone again if the writing fails; refuses NaN weights."""
+        """An empty directory for all ranks to write into, removed if the writing fails. Refuses NaN weights."""
         medusa, earlier = self.medusa, f"Earlier checkpoints in {self.args.output_dir} are intact"
-        bad = (
+        bad_here = (
             name
             for name, parameter in medusa.named_parameters()
             if parameter.requires_grad and not fsdp.local(parameter).isfinite().all()
         )
-        bad = [name for name in gather_object([next(bad, None)]) if name is not None]
+        bad = [name for name in gather_object([next(bad_here, None)]) if name is not None]
         if bad:
             raise FloatingPointError(
                 f"step {self.state.global_step}: {bad[0]} holds NaN or infinity and was not saved. {earlier}: lower "
@@ -136,7 +138,7 @@ class CheckpointingTrainer(HookedTrainer):
         try:
             self._on_rank_0(lambda: start_over(staging))
             yield
-        except (torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors too, but not of a disk
+        except (torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors too, but no disk's fault
             raise
         except WRITE_ERRORS as error:
             if self.is_world_process_zero():
@@ -147,8 +149,8 @@ class CheckpointingTrainer(HookedTrainer):
             ) from error
 
     def _on_rank_0(self, action):
-        """Runs `action` on rank 0 of the whole job. If it fails, every rank raises that instead of waiting."""
-        error = [None]
+        """Runs `action` on rank 0 of the whole job. If it fails, every rank raises, so that none waits for rank 0."""
+        error: list[str | None] = [None]
         if self.is_world_process_zero():
             try:
                 action()

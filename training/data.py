@@ -11,10 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_data(model_args, data_args, training_args, tokenizer) -> tuple[Dataset, Dataset | None]:
-    """-> (rows to train on, rows to evaluate on or None), tokenised.
-
-    The first process tokenises, and the others read its cache.
-    """
+    """-> (rows to train on, rows to evaluate on or None). The first process tokenises; the others read its cache."""
     with training_args.main_process_first(desc="tokenising"):
         cache_dir = training_args.cache_dir
         eval_data = load_conversations(data_args.eval_data_path, cache_dir) if data_args.eval_data_path else None

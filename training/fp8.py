@@ -1,9 +1,9 @@
-"""The frozen backbone's products in 8-bit floating point (`--fp8_backbone`, stage 1).
+"""The frozen backbone's matrix products in 8-bit floating point (`--fp8_backbone`, stage 1).
 
-An H100 multiplies fp8 twice as fast as bf16. A number of fp8 (e4m3) has 3 bits behind the leading one and ends at 448,
-so each row of the input (a token) and each row of the weight (an output) is scaled to its own range first. Weights
-stay in bf16 and are scaled again in each step: 7 B x 3 bytes at 3 TB/s are 7 ms, and FSDP, checkpoints and evaluation
-need to know nothing of it. Only the decoder's linear layers; norms, attention, embeddings and the heads are as ever.
+An H100 multiplies fp8 twice as fast as bf16. An fp8 number (e4m3) has 3 mantissa bits and is at most 448. So each row
+of the input (a token) and each row of the weight (an output) is first scaled to its own range. The weights stay in
+bf16 and are scaled again in each step. That takes 7 ms (7 B x 3 bytes at 3 TB/s), and FSDP, checkpoints and evaluation
+need no change. Only the decoder's linear layers use fp8; norms, attention, embeddings and the heads do not.
 """
 
 import logging
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import nn
+from transformers import PreTrainedModel
 
 from common.errors import BadInput
 
@@ -33,7 +34,7 @@ def _scale_rows(x_ptr, q_ptr, scale_ptr, columns, BLOCK: tl.constexpr):
 
 
 def scale_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x `[R, C]` -> fp8 `[R, C]` and fp32 scales `[R, 1]` whose product is x, rounded. Each x is read once."""
+    """x `[R, C]` -> fp8 `[R, C]` and fp32 scales `[R, 1]`, whose product is x, rounded. Reads each x once."""
     x = x.contiguous()
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
@@ -43,15 +44,15 @@ def scale_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Fp8Linear(nn.Linear):
-    """Has no backward pass: for frozen layers. `[..., in]` -> `[..., out]` in bf16."""
+    """`[..., in]` -> `[..., out]` in bf16. For frozen layers: it has no backward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         rows, row_scales = scale_rows(rows)
         weight, weight_scales = scale_rows(self.weight)
         by_row = F.ScalingType.RowWise
-        # use_fast_accum: the matrix unit adds up by itself, with fewer bits than fp32. Without it the products take
-        # 1.2 times as long on an H100.
+        # use_fast_accum: the matrix unit sums with fewer bits than fp32. Without it the products take 1.2 times as
+        # long on an H100.
         out = F.scaled_mm(
             rows, weight.t(), row_scales, by_row, weight_scales.t(), by_row,
             bias=self.bias, output_dtype=torch.bfloat16, use_fast_accum=True,
@@ -59,8 +60,8 @@ class Fp8Linear(nn.Linear):
         return out.view(*x.shape[:-1], -1)
 
 
-def use_fp8(backbone: nn.Module, device: torch.device):
-    """Makes the decoder's linear layers Fp8Linear; their weights and names stay. Raises BadInput where it cannot."""
+def use_fp8(backbone: PreTrainedModel, device: torch.device):
+    """Makes the decoder's linear layers Fp8Linear; their weights and names stay. Raises BadInput if fp8 cannot run."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BadInput("--fp8_backbone needs a GPU with fp8 products (H100 and later)")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):

@@ -1,13 +1,14 @@
-"""What FSDP has to be told about Medusa heads. accelerate does the wrapping; docs/distributed.md has the arithmetic.
+"""What FSDP must know of Medusa heads. accelerate does the wrapping; docs/distributed.md has the arithmetic.
 
-The units are the decoder's layers, each head, and under FSDP2 the input embeddings and the `lm_head` too. A unit's
-weights are whole only while it runs, so what a GPU holds of 5 heads of an 8B model (0.54 B weights each) is a shard of
-all and the whole of one.
+The units are each decoder layer, each head, and under FSDP2 also the input embeddings and the `lm_head`. A unit's
+weights are whole only while it runs. So with 5 heads of an 8B model (0.54 B weights each), a GPU holds a shard of each
+head and only one whole head at a time.
 """
 
 import itertools
 import logging
 import os
+from typing import Any
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading, parse_flag_from_env
@@ -22,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 def reads_weights(config, training_args) -> bool:
-    """Whether this process reads the backbone's weights: under FSDP with `fsdp_cpu_ram_efficient_loading` only rank 0
-    does (FSDP1: the first of each node), or 8 processes would hold 8 copies of an 8B model (32 GB each in fp32).
+    """Whether this process reads the backbone's weights. With `fsdp_cpu_ram_efficient_loading` only rank 0 does (FSDP1:
+    the first process of each node), or 8 processes would hold 8 copies of an 8B model, 32 GB each in fp32.
 
-    config: the backbone's. Tied embeddings lose their tie when they are sent (accelerate 1.15), so each process
-    reads such a model itself; they are small ones.
+    config: the backbone's. If its embeddings are tied, every process reads: the tie is lost when weights are sent
+    (accelerate 1.15). Such models are small.
     """
     if not all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))):
         return True
@@ -34,16 +35,16 @@ def reads_weights(config, training_args) -> bool:
         logger.info("tied embeddings: every process reads the backbone itself")
         disable_fsdp_ram_efficient_loading()
         return True
-    version_1 = os.environ.get("FSDP_VERSION", "1") == "1"  # shards inside a node are sent by the node's first process
+    version_1 = os.environ.get("FSDP_VERSION", "1") == "1"  # each node's first process may be the one that sends
     return (training_args.local_process_index if version_1 else training_args.process_index) == 0
 
 
 def configure(plugin, model: MedusaModel):
-    """Before the model is wrapped: checks the units, and sets what is computed in which type.
+    """Called before the model is wrapped: checks the units and sets the dtypes of weights and gradients.
 
     plugin: accelerate's FullyShardedDataParallelPlugin. Raises BadInput if heads would not be units.
     """
-    names = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules)
+    names = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules or [])
     if plugin.auto_wrap_policy is None or "transformer" not in str(plugin.auto_wrap_policy):
         raise BadInput("fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: each decoder layer and head is a unit")
     classes = {type(module).__name__ for module in model.modules()}
@@ -57,30 +58,35 @@ def configure(plugin, model: MedusaModel):
     if len(model.medusa_heads) and "MedusaHead" not in names:
         raise BadInput(f"fsdp_transformer_layer_cls_to_wrap is {','.join(names)}: add MedusaHead, or leave it out")
     if plugin.mixed_precision_policy is not None:
-        # accelerate's own would reduce gradients in bf16 and round each head's loss to bf16 (15.2 to 15.25).
-        policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        # accelerate's policy would reduce gradients in bf16 and round each head's loss to bf16 (15.2 to 15.25).
+        policy: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         if plugin.fsdp_version == 2:
             plugin.mixed_precision_policy = MixedPrecisionPolicy(**policy, output_dtype=None)
         else:
             plugin.mixed_precision_policy = MixedPrecision(**policy, buffer_dtype=torch.float32)
     if plugin.fsdp_version == 2 and model.lm_head.weight is model.backbone.get_input_embeddings().weight:
-        # accelerate makes one unit of a tied pair, whose hooks wait for the lm_head's own forward, which never runs
-        # here. It asks the model for the two; if it gets none, the pair stays in the root unit.
-        model.get_input_embeddings = model.get_output_embeddings = lambda: None
+        # accelerate would make one unit of the tied pair. Its hooks wait for the lm_head's own forward, which never
+        # runs here. accelerate asks the model for the two; if it gets None, the pair stays in the root unit.
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            setattr(model, name, lambda: None)
 
 
 def link_units(model: MedusaModel):
-    """After FSDP2 has wrapped the model: methods that are called from outside and need whole weights, when weights
-    are given back, and the order in which they are gathered. Does nothing to a model that is not wrapped."""
+    """Called after FSDP2 has wrapped the model; does nothing to a model that is not wrapped.
+
+    Registers the methods that need whole weights though they are not `forward`, and sets when a unit's weights are
+    gathered and freed.
+    """
     if not isinstance(model, FSDPModule):
         return
     register_fsdp_forward_method(model, "last_hidden_state")
-    if isinstance(model.lm_head, FSDPModule):  # its loss, as that of a head, is computed while its weight is whole
-        model.lm_head.loss = model.lm_head_loss
-        register_fsdp_forward_method(model.lm_head, "loss")
-        model.lm_head_loss = model.lm_head.loss
-    # FSDP2 prefetches in the reverse order of the forward pass, but each head's backward ends that order, and the
-    # layers' weights would be gathered one by one while the GPU waits. So the order is said here.
+    if isinstance(model.lm_head, FSDPModule):  # like a head, it computes its loss while its weight is whole
+        lm_head: Any = model.lm_head
+        lm_head.loss = model.lm_head_loss
+        register_fsdp_forward_method(lm_head, "loss")
+        model.lm_head_loss = lm_head.loss  # type: ignore[method-assign]  # on this instance, as FSDP itself does
+    # FSDP2 prefetches in the reverse order of the forward pass. Each head's backward ends that order, and the layers'
+    # weights would then be gathered one by one while the GPU waits. So the order is set here.
     units = [module for module in model.backbone.modules() if isinstance(module, FSDPModule)]
     for before, layer in itertools.pairwise(unit for unit in units if any(unit.children())):
         layer.set_modules_to_backward_prefetch([before])
@@ -88,23 +94,23 @@ def link_units(model: MedusaModel):
 
 
 def keep_whole_between_forward_and_backward(model: MedusaModel, keep: bool):
-    """For FSDP2 heads: their backward follows at once, and to gather 1 GB a second time would gain nothing. Not in
-    evaluation, where no backward comes that would give it back."""
+    """Whether FSDP2 keeps a head's weights (1 GB) whole after its forward. In training its backward follows at once, so
+    freeing and gathering them again gains nothing. In evaluation no backward follows that would free them."""
     for unit in (*model.medusa_heads, model.lm_head):
         if isinstance(unit, FSDPModule):
             unit.set_reshard_after_forward(not keep)
 
 
 def gather(unit: nn.Module):
-    """Makes a unit's weights whole now, for the call that follows. Left to that call's own hook, FSDP2 would keep the
-    buffer they arrived in too, to overlap with a next unit that does not come: 1 GB for a head of an 8B model."""
+    """Makes a unit's weights whole now, for the call that follows. That call's own hook would also keep the buffer they
+    arrived in (1 GB for a head of an 8B model), to overlap with a next unit, and there is none."""
     if isinstance(unit, FSDPModule):
         unit.unshard()
 
 
 def lm_head_in_root_unit(model: MedusaModel) -> bool:
-    """Whether FSDP2 keeps the `lm_head`'s weight in the root unit (tied embeddings), whose gradients are reduced at
-    the end of the backbone's backward pass."""
+    """Whether the `lm_head`'s weight is in FSDP2's root unit (tied embeddings). The root unit's gradients are reduced
+    at the end of the backbone's backward pass."""
     return isinstance(model, FSDPModule) and not isinstance(model.lm_head, FSDPModule)
 
 

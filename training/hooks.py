@@ -1,27 +1,34 @@
 """Where this project meets the private side of the HF Trainer.
 
-The Trainer has no public way to change how it draws batches, wraps the model or writes a checkpoint. Every method of
-it with a leading underscore that is overridden or called stands in this file, and hands over to a method with a public
-name that `CheckpointingTrainer` or `MedusaTrainer` defines. tests/training/test_hooks.py compares the signatures with
-those of the installed transformers: a release that renames one fails there, and not in a run.
+The Trainer has no public way to change how it draws batches, wraps the model or writes a checkpoint. So this file
+overrides its private methods, and no other file overrides or calls one. Each override hands over to a public method
+that `CheckpointingTrainer` or `MedusaTrainer` defines. tests/training/test_hooks.py compares the signatures with those
+of the installed transformers: a release that renames a method fails there, and not in a run.
 """
 
 from pathlib import Path
 
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from training.arguments import TrainingArguments
 from training.state import reading
 
 
 class HookedTrainer(Trainer):
-    # ---- what the classes below define ----
+    args: TrainingArguments
+    optimizer: AcceleratedOptimizer  # this and the next: None until train() makes them
+    lr_scheduler: LambdaLR
+
+    # ---- what the subclasses define ----
     def model_inputs(self, inputs: dict) -> dict:
-        """What of a batch the model gets."""
+        """The part of a batch that the model gets."""
         raise NotImplementedError
 
     def train_sampler(self, dataset) -> Sampler | None:
-        """The order of the training rows, or None for the Trainer's own."""
+        """The order of the training rows, or None for the Trainer's default."""
         raise NotImplementedError
 
     def before_wrapping(self) -> None:
@@ -36,11 +43,11 @@ class HookedTrainer(Trainer):
         raise NotImplementedError
 
     def load_checkpoint(self, checkpoint: Path) -> None:
-        """Optimiser, schedule, and in stage 2 the weights, into the wrapped model; called on every process."""
+        """Loads optimiser, schedule and, in stage 2, the weights of the wrapped model; called on every process."""
         raise NotImplementedError
 
     def load_best(self, checkpoint: Path) -> None:
-        """The weights of the best checkpoint (--load_best_model_at_end)."""
+        """Loads the weights of the best checkpoint (--load_best_model_at_end)."""
         raise NotImplementedError
 
     def save_rng_state(self, directory: Path) -> None:
@@ -60,20 +67,20 @@ class HookedTrainer(Trainer):
         self.after_wrapping()
         return prepared
 
-    def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last checkpoint of a run
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed from a run's last checkpoint: nothing is left
             self.control.should_training_stop = True
             return
-        # On several processes the Trainer tells a resumed epoch's number to a loader that does not pass it on.
+        # On several processes, a resumed Trainer gives the epoch's number to a loader that does not pass it on.
         train_dataloader.set_epoch(epoch)
-        super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         self.save_checkpoint()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Nothing: heads are loaded before the model is sharded (training/build.py), stage 2's weights with Adam's
-        moments."""
+        """Does nothing: training/build.py loads the heads before the model is sharded, and `load_checkpoint` loads stage
+        2's weights with Adam's moments."""
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is not None:
@@ -84,4 +91,5 @@ class HookedTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # or the Trainer would not call this
         self.load_best(Path(self.state.best_model_checkpoint))

@@ -1,4 +1,4 @@
-"""Combinations of flags that cannot work, each refused in one sentence before anything loads."""
+"""Refuses combinations of flags that cannot work: each in one sentence, before anything loads."""
 
 import os
 
@@ -6,7 +6,7 @@ from accelerate.utils import parse_flag_from_env
 
 from common.errors import BadInput
 
-RENAMED = {  # flags of older transformers, which its parser would only call unknown
+RENAMED = {  # flags of older transformers, which the parser would only call unknown
     "--warmup_ratio": "--warmup_steps 0.1 (a value below 1 is a ratio)",
     "--evaluation_strategy": "--eval_strategy",
     "--group_by_length": "nothing: batches are grouped by length already",
@@ -27,7 +27,7 @@ def refuse_renamed(argv: list[str]):
 
 
 def refuse(model, data, training):
-    """Raises BadInput with the first sentence whose condition holds. The three are arguments.py's dataclasses."""
+    """Raises BadInput with the first sentence that applies. The three are the dataclasses of training/arguments.py."""
     stage_1, heads = training.medusa_only_heads, model.medusa_num_heads
     evaluates = data.eval_data_path is not None or data.eval_holdout != 0
     recomputed = training.gradient_checkpointing_layers
@@ -124,7 +124,7 @@ def refuse(model, data, training):
             training.torch_compile,
             "--torch_compile is not supported: the heads run one after the other, outside the model's forward",
         ),
-        # ---- what the Trainer would do with it ----
+        # ---- flags of the Trainer that this one does not follow ----
         (training.torch_empty_cache_steps is not None, "--torch_empty_cache_steps is not supported"),
         (
             training.bf16_full_eval or training.fp16_full_eval,

@@ -1,4 +1,4 @@
-"""A run's identity: which checkpoint it goes on from, and what must be the same there and on all ranks."""
+"""A run's identity: which checkpoint it resumes, and what must be the same there and on all ranks."""
 
 import hashlib
 import logging
@@ -11,8 +11,9 @@ from accelerate.utils import gather_object
 
 from common import provenance
 from common.errors import BadInput
+from common.files import read_json
 from model.heads_file import HEADS_DIR, HEADS_FILE
-from training.checkpoints import INCOMPLETE, read_run
+from training.checkpoints import INCOMPLETE, RUN_FILE, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ RESULTS = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.saf
 
 
 def describe(model_args, training_args) -> dict:
-    """What run.json of a checkpoint says of its run, but for the data; a run that goes on must have the same."""
+    """What run.json says of a run, except for its data. A run that resumes a checkpoint must have the same."""
     base = model_args.model_name_or_path
     return {
         "medusa_num_heads": model_args.medusa_num_heads if model_args.medusa_return else 0,
@@ -32,8 +33,8 @@ def describe(model_args, training_args) -> dict:
 
 
 def find_checkpoint(model_args, training_args) -> Path | None:
-    """The checkpoint to resume from, or None for a new run. Raises BadInput where a new run would write over what
-    another left behind, and where the checkpoint is not complete, not the newest, or of another kind of run."""
+    """The checkpoint to resume from, or None for a new run. Raises BadInput if a new run would overwrite an earlier
+    one, or if the checkpoint is not complete, not the newest, or of another kind of run."""
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
@@ -52,13 +53,13 @@ def find_checkpoint(model_args, training_args) -> Path | None:
     else:
         checkpoint = Path(resume)
         check_is_newest(checkpoint, checkpoints, output_dir)
-    check_same_run(checkpoint, read_run(checkpoint), describe(model_args, training_args))
+    check_same_run(checkpoint, read_json(checkpoint / RUN_FILE), describe(model_args, training_args))
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 
 
 def newest(checkpoints: list[Path], output_dir: Path) -> Path:
-    """The last complete one."""
+    """The last complete checkpoint."""
     for checkpoint in reversed(checkpoints):
         if read_run(checkpoint) is not None:
             return checkpoint
@@ -67,7 +68,7 @@ def newest(checkpoints: list[Path], output_dir: Path) -> Path:
 
 
 def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path):
-    """Raises BadInput if a checkpoint named by the user is not a complete one, or not the last of this output_dir."""
+    """Raises BadInput if the checkpoint that the user named is not complete, or not the last of this output_dir."""
     if not checkpoint.is_dir():
         raise BadInput(f"--resume_from_checkpoint {checkpoint}: there is no such directory")
     if read_run(checkpoint) is None:
@@ -82,7 +83,7 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
-    """Raises BadInput if the flags describe another run than the checkpoint's run.json."""
+    """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(
@@ -99,12 +100,12 @@ def check_same_run(checkpoint: Path, found: dict, asked: dict):
 
 
 def identity(model_args, training_args, checkpoint: Path | None, train_data, eval_data) -> dict:
-    """run.json of this run. Raises BadInput on every rank if the ranks do not have the same data and checkpoint, or
-    if the checkpoint was trained on other data."""
+    """run.json of this run. Raises BadInput on every rank if the ranks differ in data or checkpoint, or if the
+    checkpoint was trained on other data."""
     data, eval_digest = digest(train_data), digest(eval_data) if eval_data else ""
     same = {"training set": data, "evaluation set": eval_digest, "checkpoint to resume from": str(checkpoint)}
     check_ranks(training_args, **same)
-    if checkpoint is not None and read_run(checkpoint)["data"] != data:
+    if checkpoint is not None and read_json(checkpoint / RUN_FILE)["data"] != data:
         raise BadInput(
             f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
             "--model_max_length, --packing and --eval_holdout"
@@ -113,7 +114,7 @@ def identity(model_args, training_args, checkpoint: Path | None, train_data, eva
 
 
 def digest(dataset) -> str:
-    """A number that changes with the data: rows, all lengths where they are known, and 64 rows token by token."""
+    """A hash of the data: the number of rows, all lengths if they are known, and all tokens of about 64 rows."""
     found = hashlib.sha256(str(len(dataset)).encode())
     if "length" in (getattr(dataset, "column_names", None) or []):
         found.update(str(list(dataset["length"])).encode())
@@ -124,8 +125,8 @@ def digest(dataset) -> str:
 
 
 def check_ranks(training_args, **same: str):
-    """Raises BadInput on every rank if one has something else under a name of `same` than rank 0, or does not see
-    rank 0's output directory: each trains on its share of the same rows, and writes its part of one checkpoint."""
+    """Raises BadInput on every rank if one differs from rank 0 in a value of `same`, or does not see rank 0's output
+    directory. Each rank trains on its share of the same rows and writes its part of the same checkpoint."""
     ranks = gather_object([same])
     for name in same:
         different = [rank for rank, other in enumerate(ranks) if other[name] != ranks[0][name]]
@@ -150,8 +151,8 @@ def check_ranks(training_args, **same: str):
 
 
 def begin(training_args, where: str):
-    """On rank 0, before the first step: clears what a killed run was writing, and writes train_command.txt, which says
-    what made the weights beside it. where: how the processes are arranged."""
+    """On rank 0, before the first step: deletes what a killed run was writing, and writes train_command.txt, which says
+    how the weights next to it were made. where: how the processes are arranged, such as FSDP2."""
     if training_args.process_index > 0:
         return
     output_dir = Path(training_args.output_dir)

@@ -1,12 +1,13 @@
-"""What a checkpoint holds of a run in progress, saved and loaded by the name of each parameter.
+"""Saves and loads optimiser state and weights, by the name of each parameter.
 
-torch.distributed.checkpoint: each process writes its own part, and any number of processes can read it. The same code
-serves one process, DDP, FSDP1 and FSDP2.
+With torch.distributed.checkpoint each process writes its own part, and any number of processes can read them. The same
+code serves one process, DDP, FSDP1 and FSDP2.
 """
 
 import contextlib
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,7 +28,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name:
 
 
 def _state(model, optimizer, weights: bool) -> dict:
-    state = {}
+    state: dict[str, Any] = {}
     if weights:
         state["model"] = get_model_state_dict(model)
     if optimizer is not None:
@@ -36,12 +37,12 @@ def _state(model, optimizer, weights: bool) -> dict:
 
 
 def save_state(directory: Path, model, optimizer, weights: bool):
-    """Called on every process: the optimiser's state, and the model's weights if `weights`."""
+    """Saves the optimiser's state (unless it is None), and the model's weights if `weights`. Called on every process."""
     dcp.save(_state(model, optimizer, weights), checkpoint_id=directory)
 
 
 def load_state(directory: Path, model, optimizer, weights: bool):
-    """The reverse, in place. Raises BadInput if a part is missing, cut off or of another shape."""
+    """Loads them in place. Raises BadInput if a part is missing, cut off or of another shape."""
     state = _state(model, optimizer, weights)
     with reading(directory):
         dcp.load(state, checkpoint_id=directory)
@@ -53,7 +54,7 @@ def load_state(directory: Path, model, optimizer, weights: bool):
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """Raises BadInput if what is read inside is missing, cut off or something else."""
+    """Turns the errors of reading a missing, cut-off or wrong file into BadInput."""
     try:
         yield
     except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
@@ -64,19 +65,19 @@ def reading(path: Path):
 
 
 def reason(error: BaseException) -> str:
-    """One line of what went wrong, also when torch.distributed.checkpoint has wrapped it, per rank."""
+    """What went wrong, in one line; torch.distributed.checkpoint wraps the errors of all ranks in one of its own."""
     if isinstance(error, CheckpointException):
         failure = next(iter(error.failures.values()), None)
         error = failure[0] if failure else error
     return first_line(error)
 
 
-def whole_weights(model, medusa, device: torch.device) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU of rank 0 (empty elsewhere), gathered one at a time; called on every process.
+def whole_weights(model, medusa, device: torch.device) -> dict[str, Any]:
+    """Whole tensors by name on the CPU of rank 0 (none elsewhere), gathered one at a time; called on every process.
 
-    With a frozen backbone only the heads', without touching the backbone.
+    With a frozen backbone these are the heads' only, and the backbone is not gathered.
     """
-    # FSDP1 crashes when it moves what is on the CPU to the CPU (torch 2.13); there every process gets a copy.
+    # On a CPU, FSDP1's own move to the CPU crashes (torch 2.13). Without it every process gets a copy.
     to_rank_0 = device.type != "cpu" or not isinstance(model, FullyShardedDataParallel)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0)
     if not medusa.backbone_frozen:
@@ -89,7 +90,10 @@ def whole_weights(model, medusa, device: torch.device) -> dict[str, torch.Tensor
 
 
 def set_head_weights(medusa, state_dict: dict[str, torch.Tensor], several: bool):
-    """Puts whole weights (names of the heads file; empty but on rank 0) into wrapped heads, one head at a time."""
+    """Loads whole weights into wrapped heads, one head at a time.
+
+    state_dict: named as in the heads file; empty on ranks other than 0. several: there is more than one process.
+    """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     for k, head in enumerate(medusa.medusa_heads):
         set_model_state_dict(head, under(f"{k}.", state_dict), options=options)
