@@ -21,15 +21,15 @@ def first_line(error: BaseException) -> str:
 
 
 def end_with_launcher():
-    """Under `accelerate launch`, ends this process when the launcher ends. Otherwise a `kill PID` of the launcher, or a
-    killed shell, would leave training running on GPUs that look free. Linux only."""
+    """Under `accelerate launch`, ends this process when the launcher ends. Otherwise a `kill PID` of the launcher,
+    or a killed shell, would leave training running on GPUs that look free. Linux only."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_new_tokens."):
-    """Runs a script's `main`. An error that the user can mend becomes one line on stderr, with the script's own advice,
-    and exit status 1.
+    """Runs a script's `main`. An error that the user can mend becomes one line on stderr, with the script's own
+    advice, and exit status 1.
 
     Any other error is a bug of ours and keeps its traceback. `MEDUSA_TRACEBACK=1` keeps that of BadInput too.
     """

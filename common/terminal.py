@@ -6,8 +6,8 @@ import sys
 
 
 def start():
-    """Plain log lines, from the first process of a group only (warnings from all). Progress bars only on a terminal: in
-    a file or a pipe every update would add half a line."""
+    """Plain log lines, from the first process of a group only (warnings from all). Progress bars only on a terminal:
+    in a file or a pipe every update would add half a line."""
     first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     if not sys.stderr.isatty():

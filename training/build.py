@@ -59,8 +59,8 @@ def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Pat
 
 
 def warn_of_memory(model: MedusaModel, device_bytes: int):
-    """Warns if one GPU cannot hold the whole model in training: value, gradient and AdamW's two moments of each trained
-    weight, and the value of each frozen one."""
+    """Warns if one GPU cannot hold the whole model in training: value, gradient and AdamW's two moments of each
+    trained weight, and the value of each frozen one."""
     kept = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
     if kept > device_bytes:
         logger.warning(

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def reads_weights(config, training_args) -> bool:
-    """Whether this process reads the backbone's weights. With `fsdp_cpu_ram_efficient_loading` only rank 0 does (FSDP1:
-    the first process of each node), or 8 processes would hold 8 copies of an 8B model, 32 GB each in fp32.
+    """Whether this process reads the backbone's weights. With `fsdp_cpu_ram_efficient_loading` only rank 0 does
+    (FSDP1: the first process of each node), or 8 processes would hold 8 copies of an 8B model, 32 GB each in fp32.
 
     config: the backbone's. If its embeddings are tied, every process reads: the tie is lost when weights are sent
     (accelerate 1.15). Such models are small.
@@ -94,16 +94,16 @@ def link_units(model: MedusaModel):
 
 
 def keep_whole_between_forward_and_backward(model: MedusaModel, keep: bool):
-    """Whether FSDP2 keeps a head's weights (1 GB) whole after its forward. In training its backward follows at once, so
-    freeing and gathering them again gains nothing. In evaluation no backward follows that would free them."""
+    """Whether FSDP2 keeps a head's weights (1 GB) whole after its forward. In training its backward follows at once,
+    so freeing and gathering them again gains nothing. In evaluation no backward follows that would free them."""
     for unit in (*model.medusa_heads, model.lm_head):
         if isinstance(unit, FSDPModule):
             unit.set_reshard_after_forward(not keep)
 
 
 def gather(unit: nn.Module):
-    """Makes a unit's weights whole now, for the call that follows. That call's own hook would also keep the buffer they
-    arrived in (1 GB for a head of an 8B model), to overlap with a next unit, and there is none."""
+    """Makes a unit's weights whole now, for the call that follows. That call's own hook would also keep the buffer
+    they arrived in (1 GB for a head of an 8B model), to overlap with a next unit, and there is none."""
     if isinstance(unit, FSDPModule):
         unit.unshard()
 

@@ -79,8 +79,8 @@ class HookedTrainer(Trainer):
         self.save_checkpoint()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Does nothing: training/build.py loads the heads before the model is sharded, and `load_checkpoint` loads stage
-        2's weights with Adam's moments."""
+        """Does nothing: training/build.py loads the heads before the model is sharded, and `load_checkpoint` loads
+        stage 2's weights with Adam's moments."""
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is not None:

@@ -151,8 +151,8 @@ def check_ranks(training_args, **same: str):
 
 
 def begin(training_args, where: str):
-    """On rank 0, before the first step: deletes what a killed run was writing, and writes train_command.txt, which says
-    how the weights next to it were made. where: how the processes are arranged, such as FSDP2."""
+    """On rank 0, before the first step: deletes what a killed run was writing, and writes train_command.txt, which
+    says how the weights next to it were made. where: how the processes are arranged, such as FSDP2."""
     if training_args.process_index > 0:
         return
     output_dir = Path(training_args.output_dir)

@@ -37,7 +37,8 @@ def _state(model, optimizer, weights: bool) -> dict:
 
 
 def save_state(directory: Path, model, optimizer, weights: bool):
-    """Saves the optimiser's state (unless it is None), and the model's weights if `weights`. Called on every process."""
+    """Saves the optimiser's state (unless it is None), and the model's weights if `weights`. Called on every
+    process."""
     dcp.save(_state(model, optimizer, weights), checkpoint_id=directory)
 
 
