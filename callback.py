@@ -1,7 +1,7 @@
 """EfficiencyCallback: how fast a run is, how much memory it takes, and how much of the GPU it uses.
 
-MFU here is useful work over the GPU's dense peak. Useful is what the step must compute, counted by hand below;
-recomputation, padding and rows that do not count are not in it, so they lower the MFU, as they should.
+MFU here is useful work over the GPU's dense peak. Useful work is what the step must compute, counted by hand below. It
+excludes recomputation, padding, and the heads' work on positions without a target, so that these lower the MFU.
 """
 
 import logging
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 GIB = 2**30
 
-# Dense bf16 TFLOP/s (no sparsity) by the vendor's data sheets; the longest name that is part of the device's wins.
+# Dense bf16 TFLOP/s (no sparsity) by the vendor's data sheets. The longest name that the device's name contains wins.
 PEAK_TFLOPS = {
     "A100": 312,
     "H100": 989,  # SXM: "NVIDIA H100 80GB HBM3"
@@ -34,7 +34,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak of a GPU by its name, or None if it is not in the table."""
+    """The peak of a GPU by its name, or None if it is not in the table."""
     words = f" {device_name} ".replace("-", " ")
     if " Laptop " in words or " MIG " in words:  # a slower chip of the same name, or a part of one
         return None
@@ -46,10 +46,10 @@ def peak_tflops(device_name: str) -> float | None:
 class FlopCount:
     """Useful FLOPs of a step. A product of `[m, k]` and `[k, n]` is 2 m k n; backward is twice the forward.
 
-    per_token: 2 per weight of the decoder's linear layers, one forward. For dense models: experts are not counted.
+    per_token: one forward, 2 per weight of the decoder's linear layers. For dense models: experts are not counted.
     per_pair: 4 x layers x heads x head_dim, for query x key and weight x value of one attended token.
-    per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head. In stage 1
-        the first ResBlock's d_hidden is not needed, which this counts all the same: 1 % of a head at most.
+    per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head. Stage 1 does
+        not need the first ResBlock's d_hidden, but it is counted too: at most 1 % of a head.
     backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains.
     """
 
@@ -85,17 +85,17 @@ def peak_process_gib() -> float:
 
 
 def pauses(control) -> bool:
-    """Whether something that is no training comes next."""
+    """Whether logging, evaluation or a checkpoint comes next."""
     return control.should_log or control.should_evaluate or control.should_save
 
 
 class EfficiencyCallback(TrainerCallback):
-    """Measures between two logs; evaluation, checkpoints and logging are not in the time, waiting for data is.
+    """Measures between two logs. The time includes waiting for data, but not evaluation, checkpoints and logging.
 
-    warmup_steps: steps after the start (or a resume) that `summary()` leaves out: compilation, autotuning and
+    warmup_steps: steps after the start (or a resume) that `summary()` leaves out, because compilation, autotuning and
         allocator growth happen there.
-    peak_tflops: of one device; default: from the table by the device's name.
-    world_size: counts given to `count` are of all ranks; MFU is per device.
+    peak: TFLOP/s of one device; default: from the table, by the device's name.
+    world_size: the number of devices. `count` gets the counts of all ranks; MFU is per device.
     """
 
     def __init__(self, flops: FlopCount, device: torch.device, warmup_steps=3, peak=None, world_size=1):
@@ -111,24 +111,25 @@ class EfficiencyCallback(TrainerCallback):
     def reset(self):
         self.steps_seen, self.counts, self.pending = 0, None, []
         self.since_log, self.total = Meter(), Meter()
-        self.started = None
+        self.started: float | None = None
 
     def count(self, counts: torch.Tensor):
-        """What the coming step holds, int64 `[K+4]`: rows of head 0..K, tokens, token slots with padding, attention
-        pairs. Looked at only when the clock is read: until then a GPU need not have counted them."""
+        """Takes the counts of the coming step, int64 `[K+4]`: rows of head 0..K, tokens, token slots with padding,
+        attention pairs. They are read only when the clock is read, so that the CPU need not wait for the GPU here."""
         self.counts = counts
 
     def now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # work is queued: without this the clock reads when it was launched
+            torch.cuda.synchronize(self.device)  # or the clock says when work was launched, not when it was done
         return time.perf_counter()
 
     def read_clock(self):
-        """Adds the steps since the last reading and their time, and starts a new interval."""
+        """Adds up the steps since the last reading and their time, and starts a new interval."""
         now = self.now()
         if self.pending:
             *rows, tokens, slots, pairs = torch.stack(self.pending).sum(0).tolist()
             flops = self.flops.step(rows, tokens, pairs)
+            assert self.started is not None  # since the first step began
             steps = len(self.pending)
             meter = Meter(now - self.started, steps, tokens, slots, sum(rows[1:]) or rows[0], flops)
             self.since_log.add(meter)
@@ -163,15 +164,16 @@ class EfficiencyCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.read_clock()
         if self.total.steps:
-            logger.info("without the first %d steps: %s", self.warmup_steps, self.summary())
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in self.summary().items())
+            logger.info("without the first %d steps: %s", self.warmup_steps, figures)
 
     def window(self) -> dict[str, float]:
-        """Figures since the last call, with the peak memory since training began."""
+        """Figures since the last call, and the peak memory since training began."""
         figures, self.since_log = self.figures(self.since_log), Meter()
         return figures | self.memory()
 
     def summary(self) -> dict[str, float]:
-        """The same over the whole run but its warm-up steps."""
+        """The same over the whole run without its warm-up steps."""
         return self.figures(self.total) | self.memory()
 
     def figures(self, meter: "Meter") -> dict[str, float]:
@@ -198,7 +200,7 @@ class EfficiencyCallback(TrainerCallback):
 
 @dataclass
 class Meter:
-    """Sums over steps. tokens: real ones; slots: with padding; rows: of the heads (or of the lm_head alone)."""
+    """Sums over steps. tokens: without padding; slots: with padding; rows: of the heads (or of the lm_head alone)."""
 
     seconds: float = 0.0
     steps: int = 0

@@ -1,14 +1,15 @@
-"""Asks a chat model to answer prompts and writes the conversations down: heads learn best from the backbone's own
-words, because those are what they will have to guess (Medusa paper, section 2.3).
+"""Lets a chat model answer prompts and writes the conversations to a file. Heads learn best from the backbone's own
+words, because those are what they have to guess (Medusa paper, section 2.3).
 
     python distill.py --model_name_or_path models/SmolLM2-135M-Instruct --prompts data/quickstart_prompts.txt \
         --output data/quickstart.jsonl --max_new_tokens 512 --batch_size 50
 
-Prompts: a text file with one a line, or a file train.py reads (then each conversation's first question is asked).
-Started again with the same --output, it goes on after the last whole batch there. An answer that does not end within
---max_new_tokens is marked `"unfinished": true`: training learns from its text, and no end of turn from its cut.
+--prompts is a text file with one prompt per line, or a file of conversations, whose first questions are asked. Run
+again with the same --output, it continues after the last whole batch there. An answer that does not end within
+--max_new_tokens is marked `"unfinished": true`: heads train on its text, but learn no end of turn from it.
 """
 
+import io
 import json
 import logging
 import sys
@@ -16,6 +17,7 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -49,11 +51,11 @@ class Arguments:
 
 
 def answered(output: Path, asked: list[int], batch_size: int) -> int:
-    """How many of the prompts `asked` (their numbers, in order) the output is past already, in whole batches: a batch
-    that a kill cut off is answered anew, so that a sampled answer is the same as without the kill. Raises BadInput if
-    it is no output of this script."""
+    """How many of the prompts `asked` (their numbers, in order) the output has answers for, in whole batches. Removes
+    the answers of a batch that a kill cut off: answered again as a whole, sampled answers are those of an
+    uninterrupted run. Raises BadInput if this script did not write the output."""
     text = output.read_text(encoding="utf-8") if output.exists() else ""
-    lines = text.split("\n")[:-1]  # behind the last line end there is nothing, or a line that was cut off
+    lines = text.split("\n")[:-1]  # after the last line end there is nothing, or a line that was cut off
     start = '{"prompt": '
     try:
         if text[: len(start)] != start[: len(text)]:
@@ -70,8 +72,8 @@ def answered(output: Path, asked: list[int], batch_size: int) -> int:
 
 
 def load(args: Arguments) -> tuple[MedusaModel, set[int]]:
-    """The model, without heads, and the tokens that end an answer. Raises BadInput if there are none, or if a prompt
-    and its answer may not fit into the model's context."""
+    """The model, without heads, and its end tokens. Raises BadInput if there are none, or if a prompt and its answer
+    may not fit into the model's context."""
     backbone = load_backbone(args.model_name_or_path, dtype=torch.bfloat16)
     ends = end_tokens(backbone)
     context = context_length(backbone)
@@ -81,12 +83,13 @@ def load(args: Arguments) -> tuple[MedusaModel, set[int]]:
             f"together into the {context} tokens that {args.model_name_or_path} can read: lower one of them"
         )
     model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=0))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"  # Any: transformers annotates `to` without its self
+    model.to(device)
     return model, ends
 
 
 def to_text(answer: list[int], ends: set[int], tokenizer) -> tuple[str, str]:
-    """-> the answer's text and what it is: finished, unfinished, or empty."""
+    """-> (the answer's text, "finished", "unfinished" or "empty")."""
     if answer[-1] in ends:
         text, kind = tokenizer.decode(answer[:-1], skip_special_tokens=True), "finished"
     else:  # its last token may be half a character
@@ -97,7 +100,7 @@ def to_text(answer: list[int], ends: set[int], tokenizer) -> tuple[str, str]:
 def main():
     terminal.start()
     try:
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = HfArgumentParser(cast(Any, Arguments)).parse_args_into_dataclasses()  # its annotation is a NewType
     except ValueError as error:  # an unknown flag
         raise BadInput(str(error)) from error
     counts = [args.batch_size, args.max_new_tokens, args.max_prompt_length]
@@ -117,12 +120,12 @@ def main():
         logger.info("%s: going on after prompt %d of %d", output, asked[done - 1], len(prompts))
     model, ends = load(args)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # The longest prompt fills the last batch: cache and batches have one shape, whatever is left to do, and so bf16
-    # sums and samples are those of an uninterrupted run. What is not asked for is not decoded.
+    # Copies of the longest prompt fill up the last batch. So cache and batches have the same shape however much is
+    # left, and bf16 sums and samples are those of an uninterrupted run. Batches of nothing but copies are not decoded.
     filling = [max((ids[number] for number in asked), key=len, default=[])] * batch_size
     left = [ids[number] for number in asked[done:]]
     answers = answer_all(model, left + filling, args.max_new_tokens, batch_size, ends, args.temperature)
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     with (
         open(output, "a", encoding="utf-8") as file,
         tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar,
@@ -130,7 +133,7 @@ def main():
         for place, number in enumerate(asked[done:], done):
             if place % batch_size == 0:  # the next answer begins a batch
                 file.flush()
-                set_seed(args.seed + place)  # so that a resumed run samples what it would have sampled
+                set_seed(args.seed + place)  # so that a resumed run draws the same samples
             text, kind = to_text(next(answers), ends, tokenizer)
             kinds[kind] += 1
             bar.update()
@@ -150,5 +153,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)
     errors.run(main, if_interrupted=": the same command goes on after the last whole batch")

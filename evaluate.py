@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Raises BadInput for numbers that cannot be meant, before anything loads."""
+    """Raises BadInput for impossible numbers, before anything loads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
@@ -72,11 +72,11 @@ def make_room(path: Path):
 
 
 def first_prompts(conversations: list[list[dict]], tokenizer, longest: int) -> list[list[int]]:
-    """Tokens of what comes before each conversation's first answer, ready to be answered; those of more than `longest`
-    tokens are left out, and what the chat template refuses."""
+    """Tokens of what comes before each conversation's first answer, as a prompt. Leaves out prompts of more than
+    `longest` tokens and those that the chat template refuses."""
     prompts = []
     for messages in conversations:
-        with suppress(TemplateError):  # `prepare` has said why
+        with suppress(TemplateError):  # `prepare` has logged the reason
             prompts += tokenise([ask(messages)], tokenizer)
     prompts = [prompt for prompt in prompts if len(prompt) <= longest]
     if left_out := len(conversations) - len(prompts):
@@ -93,18 +93,22 @@ def head_names(result: dict) -> list[str]:
 
 
 def report(result: dict) -> str:
-    """Tables: accuracy on the reference text; on the own text; tokens per pass."""
+    """Tables: accuracy on the reference text; accuracy on the own text; tokens per pass."""
+
+    def table(keys, rows) -> str:
+        return markdown([dict(zip(keys, row, strict=True)) for row in rows])
+
     columns = zip(head_names(result), result["rows"], result["before"], result["top"], strict=True)
-    keys = ("", "rows", "top-1 before", "top-1 now", "top-5 before", "top-5 now", "top-10 now")
     cells = ((name, rows, b[0], t[0], b[4], t[4], t[9]) for name, rows, b, t in columns)
-    parts = [[dict(zip(keys, row, strict=True)) for row in cells]]
+    keys = ("", "rows", "top-1 before", "top-1 now", "top-5 before", "top-5 now", "top-10 now")
+    parts = [table(keys, cells)]
     if own := result.get("own"):
-        columns = zip(head_names(result), own["rows"], own["top"], strict=True)
-        keys = ("own text", "rows", "top-1", "top-5", "top-10")
-        parts.append([dict(zip(keys, (name, n, t[0], t[4], t[9]), strict=True)) for name, n, t in columns])
-        keys = ("tree", "nodes", "tokens per pass", "expected")
-        parts.append([dict(zip(keys, row.values(), strict=True)) for row in own["acceptance"]])
-    return "\n\n".join(map(markdown, parts))
+        own_columns = zip(head_names(result), own["rows"], own["top"], strict=True)
+        own_cells = ((name, rows, t[0], t[4], t[9]) for name, rows, t in own_columns)
+        parts.append(table(("own text", "rows", "top-1", "top-5", "top-10"), own_cells))
+        trees = (row.values() for row in own["acceptance"])
+        parts.append(table(("tree", "nodes", "tokens per pass", "expected"), trees))
+    return "\n\n".join(parts)
 
 
 def draw(result: dict, path: Path):
@@ -130,8 +134,8 @@ def draw(result: dict, path: Path):
 
 
 def measure(args, model: MedusaModel, tokenizer, data) -> dict:
-    """Both texts' figures. data: the conversations."""
-    if args.max_new_tokens:  # refused before anything is measured
+    """The figures of both texts. data: the conversations."""
+    if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
         context, eos = context_length(model.backbone), end_tokens(model.backbone)
     collate = Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     min_length = len(model.medusa_heads) + 2

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -37,7 +38,7 @@ SIZES = (0, *NODES)  # of trees to choose from
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Raises BadInput for numbers that cannot be meant, before anything loads."""
+    """Raises BadInput for impossible numbers, before anything loads."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
@@ -86,7 +87,7 @@ def load_model(args) -> MedusaModel:
 
 
 def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) -> Choices:
-    """The tree the flags ask for: from a file, the best of --nodes, or the fastest of SIZES, measured here."""
+    """The tree that the flags ask for: a file's, the best with --nodes, or the fastest of SIZES, measured here."""
     heads = len(model.medusa_heads)
     if args.tree:
         return read_choices(args.tree, heads)
@@ -120,17 +121,19 @@ def stream(tokenizer):
 
 
 def decode_all(args, model: MedusaModel, tokenizer, prompts: list[list[int]]) -> tuple[Choices, list[Decoded]]:
-    """-> the tree, and what came of decoding with it; with --compare, plain decoding comes first."""
+    """-> (the tree, [the run with it]); with --compare, a plain run comes first in the list."""
     context = context_length(model.backbone)
     check_room(prompts, context)
     max_length = min(context, max(map(len, prompts)) + args.max_new_tokens)
     choices, eos = choose_tree(args, model, prompts[0], max_length), end_tokens(model.backbone)
     sampling = Sampling(args.temperature, args.acceptance == "typical", args.epsilon, args.delta)
-    # A batch's answers would mix on the terminal, and with --compare it would slow down one of the two.
+    # The answers of a batch would mix on the terminal, and printing would distort --compare.
     show = stream(tokenizer) if args.batch_size == 1 and not args.compare else None
-    runs = []
-    for tree in [[]] * args.compare + [choices]:
-        name = f"{len(tree[-1])} heads, tree of {len(tree)}" if tree else "plain"
+    runs: list[Decoded] = []
+    trees: list[Choices] = [[], choices] if args.compare else [choices]
+    for tree in trees:
+        depth = len(tree[-1]) if tree else 0
+        name = f"{depth} head{'s' * (depth > 1)}, tree of {len(tree)}" if tree else "plain"
         set_seed(args.seed)
         decoder = Decoder(model, tree, args.batch_size, max_length, sampling)
         runs.append(decode(decoder, prompts, args.max_new_tokens, eos, name, show))
@@ -146,14 +149,16 @@ def main():
     prompts = tokenise([[{"role": "user", "content": text}] for text in texts], tokenizer)
     model = load_model(args)
     choices, runs = decode_all(args, model, tokenizer, prompts)
-    result = {"tree": choices, "answers": [tokenizer.decode(a, skip_special_tokens=True) for a in runs[-1].answers]}
+    answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in runs[-1].answers]
+    result: dict[str, Any] = {"tree": choices, "answers": answers}
     if args.compare:
-        text, figures = compare(*runs, tokenizer, model.lm_head.weight.dtype, greedy=args.temperature == 0)
+        plain, heads = runs
+        text, figures = compare(plain, heads, tokenizer, model.lm_head.weight.dtype, greedy=args.temperature == 0)
         print(text)
         result |= figures
     else:
         if args.batch_size > 1:  # not printed word by word
-            print("\n\n".join(result["answers"]))
+            print("\n\n".join(answers))
         figures = runs[-1].figures()
         print("\n{tokens_per_s:.1f} tokens/s, {tokens_per_pass:.2f} tokens per pass".format(**figures))
         result["heads"] = figures

@@ -1,17 +1,18 @@
-"""A causal LM with K Medusa heads (arXiv 2401.10774, section 2.1), by composition: nothing is patched.
+"""A causal LM with K Medusa heads (arXiv 2401.10774, section 2.1). It wraps the backbone and does not patch it.
 
     backbone = AutoModelForCausalLM.from_pretrained("meta-llama/Meta-Llama-3-8B-Instruct")
     model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=3, medusa_num_layers=1))
     model.freeze_backbone()          # stage 1; leave it out for stage 2
     model(input_ids, labels=labels).loss.backward()
 
-Head k (k = 1..K) predicts the token at t + k + 1 from the last hidden state h_t; the backbone's own `lm_head` is
-head 0 and predicts t + 1. A head is n ResBlocks and a projection to the vocabulary of its own.
+Head k (k = 1..K) predicts the token at t + k + 1 from the last hidden state h_t. The backbone's own `lm_head` is
+head 0 and predicts the token at t + 1. A head is n ResBlocks and its own projection to the vocabulary.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ from model.loss import choose_impl
 
 
 class MedusaConfig(PreTrainedConfig):
-    """What config.json of a heads directory holds. Sizes are filled in from the backbone."""
+    """config.json of a heads directory. `from_backbone` fills in the sizes."""
 
     model_type = "medusa"
     medusa_num_heads: int = 5
@@ -39,7 +40,7 @@ class MedusaConfig(PreTrainedConfig):
     vocab_size: int | None = None
 
     def to_dict(self) -> dict:
-        # Only what describes the heads. No `architectures`: TGI tells a Medusa directory by its absence.
+        # Only what describes the heads. TGI recognises a Medusa directory by the absence of `architectures`.
         keys = ("model_type", "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path")
         fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
         return fields | {"transformers_version": transformers.__version__}
@@ -47,10 +48,12 @@ class MedusaConfig(PreTrainedConfig):
 
 @dataclass
 class MedusaOutput(ModelOutput):
-    """`loss` is `[head 0's loss, if it was computed +] sum_k lambda_k * L_k`. `head_losses` and
-    `head_accuracies` (top-1) are `[K+1]`, index = head, NaN where head 0 was not computed; a head without rows
-    has loss 0. `head_sums` `[K+1, 3]` is what they are made of: summed loss, right guesses, rows.
-    Without labels: `logits` `[K+1, B, T, V]`, or `last_hidden_state` `[B, T, H]` if asked for."""
+    """With labels:
+    loss: the sum over the heads of head_weights[k] * L_k.
+    head_losses, head_accuracies (top-1): `[K+1]`, index = head. NaN for head 0 if it was not computed; the loss of a
+        head without rows is 0.
+    head_sums: `[K+1, 3]`, what the two are computed from: summed loss, right guesses, rows.
+    Without: logits `[K+1, B, T, V]`, or last_hidden_state `[B, T, H]` with output_hidden."""
 
     loss: torch.Tensor | None = None
     head_losses: torch.Tensor | None = None
@@ -71,50 +74,49 @@ class MedusaModel(PreTrainedModel):
 
     def __init__(self, config: MedusaConfig, backbone: PreTrainedModel):
         super().__init__(config)
+        assert config.hidden_size is not None and config.vocab_size is not None
         self.backbone = backbone
         self.medusa_heads = nn.ModuleList(
             MedusaHead(config.hidden_size, config.vocab_size, config.medusa_num_layers)
             for _ in range(config.medusa_num_heads)
         )
-        # Not post_init(): it would draw the zero ResBlocks anew.
+        # No post_init(): it would initialise the zero ResBlocks at random.
         text_config = backbone.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer compares them with the tokenizer's
             setattr(config, name, getattr(text_config, name, None))
-        self.loss_impl = "torch"  # choose_kernels() chooses the one that fits the device
+        self.loss_impl = "torch"  # until choose_kernels()
         self.backbone_frozen = False
         units = ["MedusaHead"] if config.medusa_num_heads else []
-        self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # what FSDP shards as one
+        self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
 
     @classmethod
     def from_backbone(
         cls, backbone: PreTrainedModel, config: MedusaConfig, dtype=None, fill: bool = True
     ) -> "MedusaModel":
-        """Adds untrained heads that equal the `lm_head` exactly. `dtype` is the heads' (default: the backbone's).
-
-        fill=False leaves their memory untouched, for a process that another one sends the weights to.
-        """
+        """Adds untrained heads, whose logits equal the `lm_head`'s exactly. dtype: of the heads (default: the
+        backbone's). fill=False leaves them uninitialised, for a process that receives the weights from another."""
         lm_head = backbone.get_output_embeddings()
         check_backbone(backbone, lm_head)
         vocab_size, hidden_size = lm_head.weight.shape
-        for name, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
-            if getattr(config, name) not in (None, value):
+        for size, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+            if getattr(config, size) not in (None, value):
                 raise BadInput(
-                    f"the heads were made for {name} {getattr(config, name)}, but the backbone "
+                    f"the heads were made for {size} {getattr(config, size)}, but the backbone "
                     f"{backbone.name_or_path or type(backbone).__name__} has {value}: use the backbone they were "
                     "trained on"
                 )
-            setattr(config, name, value)
+            setattr(config, size, value)
         if config.base_model_name_or_path is None:
-            name = backbone.name_or_path
+            name = backbone.name_or_path or ""
             config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
-        with torch.device("meta"):  # a random init of K x vocab x hidden numbers would only be overwritten
+        with torch.device("meta"):  # saves the random init of K x vocab x hidden numbers, which would be overwritten
             model = cls(config, backbone)
         model.medusa_heads.to(dtype=dtype or lm_head.weight.dtype).to_empty(device=lm_head.weight.device)
         if not fill:
             return model
         with torch.no_grad():
-            for *blocks, projection in model.medusa_heads:
+            for *blocks, projection in cast(Any, model.medusa_heads):  # torch annotates its members as plain Modules
                 for block in blocks:
                     block.reset_parameters()
                 projection.weight.copy_(lm_head.weight)
@@ -124,11 +126,12 @@ class MedusaModel(PreTrainedModel):
         """Chooses how the heads' loss is computed on `device`, and on a GPU puts Liger's kernels into the backbone."""
         self.loss_impl = choose_impl(use_liger, device)
         if use_liger and device.type == "cuda":
-            # RMSNorm, RoPE and SwiGLU only. Liger's default would also put its own loss into the backbone's forward.
+            # RMSNorm, RoPE and SwiGLU only. By default Liger would also replace the backbone's forward by one with its
+            # own loss.
             apply_liger_kernel(self.backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
 
     def freeze_backbone(self):
-        """Stage 1. The backbone keeps no activations, gets no gradient and stays in eval mode."""
+        """Stage 1: the backbone stores no activations, gets no gradient and stays in eval mode."""
         self.backbone.requires_grad_(False)
         self.backbone_frozen = True
         self.backbone.eval()
@@ -140,7 +143,7 @@ class MedusaModel(PreTrainedModel):
         return self
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> nn.Linear:
         return self.backbone.get_output_embeddings()
 
     def get_input_embeddings(self):
@@ -150,7 +153,7 @@ class MedusaModel(PreTrainedModel):
         return self.lm_head
 
     def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
-        """`[B, T]` -> `[B, T, H]`, what all heads read: the decoder's output after its last norm."""
+        """`[B, T]` -> `[B, T, H]`, the input of all heads: the decoder's output after its last norm."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             return self.backbone.get_decoder()(
                 input_ids=input_ids,
@@ -179,15 +182,16 @@ class MedusaModel(PreTrainedModel):
         rows: torch.Tensor | None = None,
         output_hidden: bool = False,
     ) -> MedusaOutput:
-        """All `[B, T]`. Every head forward, then one backward by the caller: the plain form of the training step
-        (training/trainer.py runs one head after the other instead, where it can).
+        """Runs all heads forward; the caller runs one backward. training/trainer.py does one head after the other
+        instead where it can, to save memory. input_ids, attention_mask, position_ids and labels are `[B, T]`.
 
-        head_weights: K+1 weights of the heads in the loss. Default: 1, and 0 for head 0 where the backbone is frozen;
-            head 0 is not computed if its weight is 0.
-        rows: `[K+1]` row counts to divide by, those of the whole optimiser step, at least 1 (default: this batch's).
+        head_weights: K+1 weights of the heads in the loss. Default: 1, but 0 for head 0 if the backbone is frozen.
+            Head 0 is not computed if its weight is 0.
+        rows: `[K+1]` row counts of the whole optimiser step, at least 1, to divide the summed losses by. Default: this
+            batch's.
         """
-        # The class's own function: under FSDP2 that of the instance gathers the root unit's weights first
-        # (training/fsdp.py), and in here they are whole already.
+        # Calls the class's method: under FSDP2 the instance's own gathers the root unit's weights first
+        # (training/fsdp.py), and here they are gathered already.
         hidden = MedusaModel.last_hidden_state(self, input_ids, attention_mask, position_ids)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
@@ -199,7 +203,8 @@ class MedusaModel(PreTrainedModel):
         head_weights = head_weights or [0.0 if self.backbone_frozen else 1.0] + [1.0] * num_heads
         first = 1 if head_weights[0] == 0 else 0
         sums = torch.zeros(num_heads + 1, 3, dtype=torch.float64, device=hidden.device)
-        losses, total = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32), 0.0
+        losses = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32)
+        total = sums.new_zeros((), dtype=torch.float32)
         for k in range(first, num_heads + 1):
             out = self.head_loss(k, hidden, labels, position_ids)
             out.add_to(sums[k])
@@ -210,7 +215,7 @@ class MedusaModel(PreTrainedModel):
         accuracies[:first] = torch.nan
         return MedusaOutput(loss=total, head_losses=losses, head_accuracies=accuracies, head_sums=sums)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # takes no options for shards, variants and uploads
         self,
         save_directory,
         is_main_process=True,
@@ -219,12 +224,12 @@ class MedusaModel(PreTrainedModel):
         final_directory=None,
         **kwargs,
     ):
-        """Writes the heads (stage 1) or the backbone and the heads (stage 2: a plain checkpoint and `medusa_heads/`).
+        """Writes the heads alone (stage 1), or the backbone's checkpoint with the heads in `medusa_heads/` (stage 2).
 
-        state_dict: whole tensors by name, where the model itself holds only a part of each.
-        include_backbone: default: whether the backbone trains.
-        final_directory: where the files will be moved to; the heads' config points at the backbone there.
-        Other arguments of transformers' method are accepted and not needed: heads are one safetensors file.
+        state_dict: unsharded tensors by name, if the model holds only shards.
+        include_backbone: default: True if the backbone is not frozen.
+        final_directory: where the caller will move the files; the heads' config names the backbone there.
+        Other arguments of transformers' method are ignored: the heads are always one safetensors file.
         """
         if not is_main_process:
             return
@@ -236,7 +241,7 @@ class MedusaModel(PreTrainedModel):
         if include_backbone:
             mine = under("backbone.", state_dict)
             for name, source in self.backbone.all_tied_weights_keys.items():
-                mine[name] = mine[source]  # gathered twice, tied no longer, they would be written twice
+                mine[name] = mine[source]  # gathering untied them, and they would be written twice
             self.backbone.save_pretrained(directory, state_dict=mine)
         if len(self.medusa_heads) == 0:
             return
@@ -247,16 +252,18 @@ class MedusaModel(PreTrainedModel):
         save_heads(under("medusa_heads.", state_dict), config, directory)
 
     @classmethod
-    def from_pretrained(cls, directory, base_model_name_or_path=None, dtype=None, heads_dtype=None, **kwargs):
-        """Loads what `save_pretrained` wrote, from its directory or from a stage 2 directory's `medusa_heads/`.
+    def from_pretrained(  # type: ignore[override]  # loads heads and a backbone: other arguments than one model's
+        cls, directory, base_model_name_or_path=None, dtype=None, heads_dtype=None, **kwargs
+    ):
+        """Loads what `save_pretrained` wrote, from its directory or from the `medusa_heads/` of a stage 2 directory.
 
         base_model_name_or_path: the backbone, if it is no longer where config.json says.
         dtype, heads_dtype: of backbone and heads; default: as saved. kwargs go to `AutoModelForCausalLM`.
         """
-        heads_dir, base = find_heads(directory)
+        heads_dir, stage2 = find_heads(directory)
         fields, state_dict = load_heads(heads_dir)
         config = MedusaConfig(**fields)
-        base = str(base_model_name_or_path or base or config.base_model_name_or_path)
+        base = str(base_model_name_or_path or stage2 or config.base_model_name_or_path)
         backbone = load_backbone(base, dtype=dtype or "auto", **kwargs)
         if heads_dtype is None:
             heads_dtype = next(iter(state_dict.values())).dtype
@@ -266,8 +273,8 @@ class MedusaModel(PreTrainedModel):
 
 
 def under(prefix: str, state_dict: dict) -> dict:
-    """The entries whose name starts with `prefix`, without it."""
+    """The entries whose names start with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
-AutoConfig.register("medusa", MedusaConfig)  # or AutoTokenizer warns about a heads directory's config.json
+AutoConfig.register("medusa", MedusaConfig)  # else AutoTokenizer warns about config.json of a heads directory

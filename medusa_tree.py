@@ -44,7 +44,7 @@ def main():
         print(markdown(table) + "\n")
     else:
         nodes, choices = args.nodes, best_tree(chance, num_heads, ranks, args.nodes)
-    depths = Counter(map(len, choices)).values()  # in order, as the paths are
+    depths = Counter(map(len, choices)).values()  # paths are sorted by depth, so these are in order
     print(f"expected acceptance length: {expected_length(choices, chance):.3f} tokens per pass")
     print(f"{len(choices)} nodes of at most {nodes}; per depth:", ", ".join(map(str, depths)) or "none")
     if args.output:

@@ -3,7 +3,7 @@
     python train.py --model_name_or_path meta-llama/Meta-Llama-3-8B-Instruct --data_path chats.jsonl \
         --output_dir out/heads --medusa_only_heads True --bf16 True
 
-scripts/llama3_8b_medusa.sh is the same with settings that suit an 8B model; training/arguments.py has every flag.
+scripts/llama3_8b_medusa.sh has settings that suit an 8B model; training/arguments.py has every flag.
 """
 
 import logging
@@ -65,6 +65,6 @@ def main():
 if __name__ == "__main__":
     errors.end_with_launcher()
     errors.run(main, **ADVICE)
-    if torch.distributed.is_initialized():  # after main's objects are gone, and all ranks together
+    if torch.distributed.is_initialized():  # once main's objects are gone, on all ranks together
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -2,8 +2,8 @@
 
     python benchmark/accuracy.py out/heads benchmark/results/NAME.csv docs/images/NAME.png "TITLE"
 
-Training accuracy is measured on rows the heads have not seen yet (one epoch), held-out accuracy where the run
-evaluated. Without a run directory ("-") the picture is made from the CSV that is there.
+Training accuracy comes from rows that the heads have not seen before (within one epoch). Held-out accuracy is there
+for the steps at which the run evaluated. With "-" instead of a run directory, draws the CSV that is there.
 """
 
 import csv
@@ -20,7 +20,7 @@ COLUMNS = ("step", "tokens_per_s", "step_time_s", "mfu", "peak_allocated_gib", "
 
 
 def write_csv(run: Path, path: Path):
-    """One row per log: the columns above and every loss and accuracy of a head."""
+    """One row per log entry: COLUMNS and every loss and accuracy of a head."""
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     history = [entry for entry in history if any("head_" in key for key in entry)]
     columns = [*COLUMNS, *sorted({key for entry in history for key in entry if "head_" in key})]
@@ -32,7 +32,7 @@ def write_csv(run: Path, path: Path):
 
 
 def draw(path: Path, picture: Path, title: str):
-    """A line per head (training) and dots (held out), readable on a light and on a dark page."""
+    """A line (training) and dots (held out) per head, readable on a light and on a dark page."""
     with open(path) as file:
         rows = list(csv.DictReader(file))
     heads = sorted(int(key.split("_")[1]) for key in rows[0] if key.startswith("head_") and key.endswith("_top1"))

@@ -40,7 +40,7 @@ WARM_UP = 16  # tokens
 
 
 def machine() -> str:
-    """The GPU, or the CPU and how many threads torch takes of it."""
+    """The GPU's name, or the CPU's and how many threads torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -56,13 +56,13 @@ def make_tree(name: str, chance: Chance, heads: int, ranks: int) -> Choices:
 
 
 def batch_passes(done: Decoded, batch_size: int) -> int:
-    """A batch takes as many passes as the answer that takes most."""
+    """Passes over whole batches: a batch runs as many as the answer that needs most."""
     counts = [len(pieces) for pieces in done.pieces]
     return sum(max(counts[start : start + batch_size]) for start in range(0, len(counts), batch_size))
 
 
 def figures(done: Decoded, plain: Decoded, batch_size: int) -> dict:
-    """A row's numbers; `plain` is the same prompts' plain decoding."""
+    """A row's numbers. `plain`: plain decoding of the same prompts."""
     own, speed = done.figures(), plain.figures()["tokens_per_s"]
     passes = batch_passes(done, batch_size)
     if not passes or not speed:
@@ -80,8 +80,8 @@ def figures(done: Decoded, plain: Decoded, batch_size: int) -> dict:
 
 
 def trace(decoder: Decoder, prompt: list[int], max_new_tokens: int, eos: set[int], tokenizer) -> list:
-    """-> [[seconds since the first token, [text of each token]], ...], the prefill's token first, then the passes'.
-    The last text of a pass is the backbone's own token, those before it are guesses that were right."""
+    """-> [[seconds since the first token, [text of each token]], ...]: the prefill's token, then one item per pass.
+    The last text of a pass is the backbone's own token; those before it are accepted guesses."""
     for tokens in min(WARM_UP, max_new_tokens), max_new_tokens:
         events = [(time.perf_counter(), new) for (new,) in decoder.run([prompt], tokens, eos)]
     texts = iter(token_texts([token for _, new in events for token in new], tokenizer))
@@ -140,16 +140,18 @@ def main():
 
     prompts, origin = ask(texts), setting.origin()
     check_room(prompts, context)
-    trees = {}  # by what they hold: a small tree may have all paths that are ever right
+    # Keyed by their nodes: where few paths have a chance, several sizes give the same tree.
+    trees: dict[tuple[tuple[int, ...], ...], tuple[str, str, Choices]] = {}
     for name in dict.fromkeys(["0", *options.nodes]):
         tree = make_tree(name, chance, heads, ranks)
-        trees.setdefault(tuple(tree), (name, "chain" if name == "chain" else "best" if tree else "plain"))
+        kind = "chain" if name == "chain" else "best" if tree else "plain"
+        trees.setdefault(tuple(tree), (name, kind, tree))
     plain, fastest = None, (0.0, "0")
-    for tree, (name, kind) in trees.items():
+    for name, kind, tree in trees.values():
         ready = decoder(tree, prompts, options.batch_size)
         decode(ready, prompts[:1], min(WARM_UP, options.max_new_tokens), eos, name)
         done = decode(ready, prompts, options.max_new_tokens, eos, name)
-        del ready  # its cache, before the next one's is made
+        del ready  # frees its cache before the next one is made
         plain = plain or done
         row = {
             "date": date.today().isoformat(),

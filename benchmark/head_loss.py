@@ -1,16 +1,16 @@
-"""One head's loss alone, forward and backward, at LLaMA-3-8B's sizes: what chunks of rows cost, and what they save.
+"""One head's loss alone, forward and backward, at LLaMA-3-8B's sizes: what chunks of rows cost and save.
 
     python benchmark/head_loss.py --out benchmark/results/head_loss.csv
 
-hidden `[rows, 4096]`, weight `[128256, 4096]`, bf16, every row a target. Plain torch with all logits, Liger's kernel
-with its own chunks and with larger ones, and plain torch in chunks (`impl` of model/loss.py).
+hidden `[rows, 4096]`, weight `[128256, 4096]`, bf16; every row has a target. Compares plain torch with all logits,
+Liger's kernel with its own chunks and with larger ones, and plain torch in chunks (`impl` of model/loss.py).
 
     ms           median time of --repeats passes
     tflops       TFLOP/s of the three products that are needed, 6 x rows x V x H
-    extra_gib    GiB at most on top of the inputs, of which the two gradients are 1 and more; OOM: memory ran out
-    loss_error, grad_error   ||a - b|| / ||b|| against plain torch in fp32; the larger one of the two gradients
+    extra_gib    peak GiB on top of the inputs; the two gradients alone are more than 1. OOM: memory ran out
+    loss_error, grad_error   ||a - b|| / ||b|| against plain torch in fp32; the larger of the two gradients' errors
 
-An error above 2 % ends the run, and what computes something else is not timed.
+An error above 2 % ends the run: what computes something else is not timed.
 """
 
 import argparse
@@ -31,10 +31,11 @@ ROWS, CHUNKS = (4096, 8192, 16384), (1024, 2048, 4096, 8192)
 SMOKE_ROWS, SMOKE_CHUNKS = (64, 128), (16, 32)
 ERROR_LIMIT = 2e-2
 WARM_UPS = 3
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def make_inputs(shape: dict, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden `[R, H]` and weight `[V, H]` in bf16, logits are normal with a deviation of 1; targets `[R]`."""
+def make_inputs(shape: dict, rows: int, device: torch.device) -> Inputs:
+    """hidden `[R, H]` and weight `[V, H]` in bf16, targets `[R]`. The logits have mean 0 and deviation 1."""
     generator = torch.Generator(device).manual_seed(0)
     vocab, size = shape["vocab_size"], shape["hidden_size"]
     hidden = torch.randn(rows, size, generator=generator, device=device).bfloat16()
@@ -50,7 +51,7 @@ def forward_backward(hidden, weight, targets, impl: str) -> list[torch.Tensor]:
 
 
 def reference(hidden, weight, targets) -> list[torch.Tensor]:
-    """The same by plain torch in fp32, in parts: for 16,384 rows, all logits and their gradients would be 24 GiB."""
+    """The same by plain torch in fp32. In parts: all logits of 16,384 rows and their gradients would take 24 GiB."""
     hidden, weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
     loss, d_hidden, d_weight = torch.zeros((), device=hidden.device), [], torch.zeros_like(weight)
     for rows in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
@@ -66,19 +67,19 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def liger_chunk(asked: int, rows: int, shape: dict) -> int:
-    """Rows in Liger's chunks if CHUNK_ROWS is `asked`: what model/loss.py makes of it, then what Liger does."""
+    """The rows in a chunk of Liger's if CHUNK_ROWS is `asked`: first model/loss.py's arithmetic, then Liger's."""
     vocab, size = shape["vocab_size"], shape["hidden_size"]
     chunks = -(-vocab // (chunk_mem_const(rows, vocab, size, asked) * size))
     return min(rows, 2 ** (-(-rows // chunks) - 1).bit_length())
 
 
 def candidates(rows: int, shape: dict, sizes: tuple[int, ...], device: torch.device):
-    """Yields name, `impl`, what CHUNK_ROWS has to be, and the rows in a chunk."""
+    """Yields name, `impl`, the value CHUNK_ROWS must have, and the rows in a chunk."""
     yield "torch, all logits", "torch", rows, rows
     if choose_impl(True, device) == "liger":
         yield "liger, default chunks", "liger", 1, liger_chunk(1, rows, shape)
         for size in sizes:
-            if liger_chunk(size, rows, shape) == size:  # not for all: Liger's chunks come in few sizes
+            if liger_chunk(size, rows, shape) == size:  # else Liger would choose another size
                 yield f"liger, {size} rows a chunk", "liger", size, size
     else:
         print("liger skipped: it needs a GPU, or TRITON_INTERPRET=1")
@@ -93,8 +94,8 @@ def now(cuda: bool):
     return event
 
 
-def measure(inputs, impl: str, repeats: int) -> tuple[float, float]:
-    """Median milliseconds of one pass, and the GiB it allocates at most (on a CPU: 0)."""
+def measure(inputs: Inputs, impl: str, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of one pass, and its peak GiB on top of what was there (on a CPU: 0)."""
     cuda = inputs[0].is_cuda
     for _ in range(WARM_UPS):
         forward_backward(*inputs, impl)
@@ -110,11 +111,11 @@ def measure(inputs, impl: str, repeats: int) -> tuple[float, float]:
     return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / GIB
 
 
-def compare(inputs, expected, impl: str, repeats: int) -> dict:
+def compare(inputs: Inputs, expected, impl: str, repeats: int) -> dict:
     """The columns of one implementation. Raises SystemExit if it computes something else than `expected`."""
     loss, *grads = (relative_error(*pair) for pair in zip(forward_backward(*inputs, impl), expected, strict=True))
     errors = {"loss_error": f"{loss:.1e}", "grad_error": f"{max(grads):.1e}"}
-    if not all(error <= ERROR_LIMIT for error in (loss, *grads)):  # so that NaN is too large as well
+    if not all(error <= ERROR_LIMIT for error in (loss, *grads)):  # written so that NaN fails too
         sys.exit(f"{impl}, {len(inputs[0])} rows: not what plain torch computes in fp32, relative errors {errors}")
     ms, gib = measure(inputs, impl, repeats)
     flops = 6 * len(inputs[0]) * inputs[1].numel()

@@ -1,20 +1,20 @@
-"""Peak memory of one of N GPUs: measured on a single one under a fake process group, or on all N, with their speed.
+"""Peak memory of one of N GPUs: measured on a single GPU in a fake process group, or on all N, with their speed.
 
     python benchmark/memory.py --world_size 8 --stage 1 --out benchmark/results/memory.csv
     accelerate launch --config_file configs/fsdp2.yaml --num_processes 8 benchmark/memory.py --stage 1 --out real.csv
 
-The first is one process that believes it is rank 0 of N: weights, gradients and Adam's moments are its shard, every
-buffer that FSDP allocates is allocated, but collectives move nothing. So numbers (losses) mean nothing, there are no
-times, and NCCL's own buffers (about 1 GiB, by its settings) come on top. LLaMA-3-8B shapes, no weights needed.
+The first command runs one process that believes it is rank 0 of N. It holds its shard of weights, gradients and Adam's
+moments, and every buffer that FSDP allocates, but collectives move nothing. So losses mean nothing, and there are
+no times. NCCL's own buffers (about 1 GiB, by its settings) come on top. LLaMA-3-8B shapes; no weights are needed.
 
-The second is real: random weights, which each rank makes of its shards. The peak is that of the rank with the highest;
-tokens_per_s is that of all GPUs together, useful_tflops and mfu are per GPU. FSDP1 or 2 is what the launcher says.
+The second command runs a real group. Each rank fills its shards with random weights. The peak is the highest of all
+ranks; tokens_per_s is of all GPUs together; useful_tflops and mfu are per GPU. The launcher decides on FSDP1 or 2.
 
-Each implementation (benchmark/setting.py) with each number of heads trains two optimiser steps at each length in turn;
-in a real group eight, of which the last four count. A row has the peak of the last steps at its length, in GiB, and
-what is held between steps: the first step of all makes Adam's moments. Where memory runs out, the row says OOM, and
-the next combination follows; in a real group, where other ranks may wait for this one, the run ends there (and the
-row is missing if it was not on rank 0).
+Each implementation (benchmark/setting.py) with each number of heads trains at each length in turn: two optimiser
+steps, or in a real group eight. A row has the peak of the last step at its length (real group: of the last four), and
+what is held between steps, in GiB. The very first step makes Adam's moments, so it does not count. Where memory runs
+out, the row says OOM and the next combination follows. A real group ends there, since other ranks may wait for the one
+without memory; if that was not rank 0, the row is missing.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SPEED = ("step_time_s", "tokens_per_s", "useful_tflops", "mfu")
 
 
 def become_rank_0_of(world_size: int, fsdp_version: int):
-    """What accelerate launch would have set, and a process group that answers at once."""
+    """Sets what accelerate launch would have set, and makes a process group whose collectives move nothing."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp_version)}
@@ -55,7 +55,7 @@ def become_rank_0_of(world_size: int, fsdp_version: int):
 
 
 class LastStepOfEachLength(TrainerCallback):
-    """Calls `report` with the step's peak and what is left after it, in GiB (on a CPU: 0)."""
+    """Calls `report` with the last step's peak and what is held after it, in GiB (on a CPU: 0)."""
 
     def __init__(self, report):
         self.report = report
@@ -71,13 +71,13 @@ class LastStepOfEachLength(TrainerCallback):
 
 
 class RealSteps(TrainerCallback):
-    """The same in a real group, after the timed steps of each length, with what EfficiencyCallback logs of them."""
+    """The same in a real group: after the timed steps of each length, with the figures EfficiencyCallback logs."""
 
     def __init__(self, report):
         self.report = report
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        with torch.no_grad():  # at zero, products would be faster
+        with torch.no_grad():  # products of zeros would be faster
             for name, parameter in model.named_parameters():
                 local(parameter).fill_(1.0) if "norm" in name else local(parameter).normal_(std=0.02)
 
@@ -128,12 +128,13 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
         meter=meter,
     )
     if not options.real:
-        trainer._stop_if_not_finite = lambda: None  # gathered weights are whatever was in memory: a NaN says nothing
+        # Gathered weights are whatever was in memory, so a NaN says nothing.
+        trainer._stop_if_not_finite = lambda: None  # type: ignore[method-assign]  # for this instance only
     return trainer
 
 
 def measure(options, implementation: str, heads: int, source: dict):
-    """Writes one row after the other; the length at which memory ran out is the last one. source: `origin()`."""
+    """Writes a row per length, up to the length at which memory runs out. source: `origin()`."""
     lengths = iter(options.lengths)
 
     def report(peak: str, resting: str, logs: dict | None = None):
@@ -143,7 +144,7 @@ def measure(options, implementation: str, heads: int, source: dict):
         row |= {"world_size": options.world_size, "length": next(lengths), "implementation": implementation}
         row["options"] = f"fsdp{options.fsdp}" + " offload" * options.offload_activations
         row |= {"group": "real" if options.real else "fake", "peak_gib": peak, "resting_gib": resting}
-        row |= {key: f"{logs[key]:.5g}" if key in (logs or {}) else "" for key in SPEED} | source
+        row |= {key: f"{logs[key]:.5g}" if logs and key in logs else "" for key in SPEED} | source
         print(*(f"{key} {value}" for key, value in row.items() if key not in source), sep=", ", flush=True)
         if options.out:
             append(options.out, row)
@@ -177,7 +178,7 @@ def main():
     if options.offload_activations and options.implementations != ["ours"]:
         parser.error("--offload_activations works with one head after the other: add --implementations ours")
     if options.smoke and not torch.cuda.is_available():
-        from tests.worker import allow_fsdp_on_cpu  # accelerate by itself would not shard there
+        from tests.fsdp_on_cpu import allow_fsdp_on_cpu  # accelerate by itself would not shard there
 
         allow_fsdp_on_cpu()
     options.real = "LOCAL_RANK" in os.environ  # accelerate launch started this process, as one of a group
@@ -193,7 +194,7 @@ def main():
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(options.limit_gib * GIB / total, device)
     source = origin()
-    # hf first: Liger's kernels stay in transformers, for every model that is made after them.
+    # hf first: Liger's kernels stay in transformers, for every later model.
     for implementation in sorted(options.implementations, key=IMPLEMENTATIONS.index):
         for heads in options.heads:
             measure(options, implementation, heads, source)

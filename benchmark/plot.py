@@ -11,6 +11,7 @@ import csv
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -19,20 +20,20 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 LENGTHS = (1024, 2048, 4096, 8192)
-IMPLEMENTATIONS = {  # label and colour, of different lightness too
+IMPLEMENTATIONS = {  # label and colour; the colours differ in lightness too
     "hf": ("Hugging Face (all logits)", "#6b6b6b"),
     "liger": ("Liger's default", "#d97706"),
     "ours": ("this project", "#0060a8"),
 }
 KEYS = ("stage", "heads", "batch_size", "length", "implementation", "options", "gpu")
-KINDS = {  # column drawn, another that is needed, title, y axis, format
+KINDS = {  # column drawn, other column needed, title, y axis, number format
     "memory": ("peak_gib", "world_size", "Peak memory per GPU", "GiB per GPU, peak", "{:.1f}"),
     "throughput": ("tokens_per_s", "data", "Training throughput", "tokens/s", "{:,.0f}"),
 }
 
 
 def is_drawn(kind: str, row: dict) -> bool:
-    """Whether a row was measured under the conditions that the pictures share."""
+    """Whether a row was measured under the conditions that the pictures state."""
     if kind == "memory":
         return (row["options"], row["batch_size"], row["world_size"]) == ("fsdp2", "4", "8")
     return (row["data"], row["batch_size"]) == ("random", "4") and "fp8" not in row["options"]
@@ -55,8 +56,8 @@ def read(kind: str, paths: list[Path]) -> list[dict]:
 
 
 def bars(rows: list[dict], value: str) -> list[dict | str]:
-    """For each length the row of one implementation's bar, or the text in its place."""
-    found = []
+    """For each length one implementation's row to draw, or the text to write instead of a bar."""
+    found: list[dict | str] = []
     for length in map(str, LENGTHS):
         of_length = [row for row in rows if row["length"] == length]
         numbers = [row for row in of_length if row[value] != "OOM"]
@@ -83,17 +84,17 @@ def figure(kind: str, rows: list[dict], stage: str, heads: str) -> plt.Figure | 
         axes.bar_label(container, [number.format(bar.get_height()) for bar in container], fontsize=7.5, padding=2)
         for x, text in enumerate(found):
             if isinstance(text, str):
-                style = {"weight": "bold", "fontsize": 9} if text == "OOM" else {"fontsize": 8}
-                at = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+                style: dict[str, Any] = {"weight": "bold", "fontsize": 9} if text == "OOM" else {"fontsize": 8}
+                at: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "va": "bottom"}
                 axes.annotate(text, (x + (i - 1) * 0.28, 0), rotation=90, color=color, **at, **style)
         if kind == "throughput":
             options = dict.fromkeys(row["options"] for _, row in of_bars if row["options"])
             notes += [f"{label}: {' / '.join(options)}"] if options else []
-    axes.set_xticks(range(len(LENGTHS)), LENGTHS)
+    axes.set_xticks(range(len(LENGTHS)), list(map(str, LENGTHS)))
     axes.margins(y=0.08)  # room for the numbers
     axes.set(xlabel="sequence length", ylabel=ylabel, xlim=(-0.5, len(LENGTHS) - 0.5), ylim=(0, None))
     axes.set_title(f"{title}, stage {stage}, {heads} heads", pad=28)
-    patches = [Patch(color=color, label=label) for label, color in IMPLEMENTATIONS.values()]  # without bars too
+    patches = [Patch(color=color, label=label) for label, color in IMPLEMENTATIONS.values()]  # even those without bars
     axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(axis="y", alpha=0.3)

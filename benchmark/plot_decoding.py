@@ -6,38 +6,35 @@
 --step_time  step_time.png: a pass against the guesses it checks, a line per number of heads, and the time that
              reading its bytes takes; a panel per model, GPU and length
 --trace      decoding.gif: plain decoding on the left, with heads on the right; --slow_down F times as slow as it was
+             (drawn by benchmark/plot_trace.py)
 
-The files are those of benchmark/decoding.py and benchmark/step_time.py. Of several rows for one bar or point the last
-counts.
+The files are those of benchmark/decoding_speed.py and benchmark/step_time.py. Of several rows for one bar or point the
+last counts.
 """
 
 import argparse
 import csv
-import json
-import re
 import sys
-from itertools import groupby
-from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.font_manager import FontProperties, findfont
-from PIL import Image, ImageDraw, ImageFont
+from plot_trace import animate, read_trace
 
 GREY, ORANGE, BLUE = "#6b6b6b", "#d97706", "#0060a8"  # of different lightness too
 COLORS = (BLUE, ORANGE, "#4d7c0f", "#9d174d", "#0f766e")
 DECODING = ("label", "tree", "nodes", "tokens_per_s", "tokens_per_pass", "speed_up", "batch_size", "dtype", "machine")
-STEP_TIME = ("model", "heads", "nodes", "length", "batch_size", "step_ms", "bandwidth_tb_s", "gpu")
-STEP_TIME += ("floor_ms", "heads_floor_ms", "cache_gb")
+STEP_TIME = (
+    *("model", "heads", "nodes", "length", "batch_size", "step_ms", "bandwidth_tb_s", "gpu"),
+    *("floor_ms", "heads_floor_ms", "cache_gb"),
+)
 
 
 def read(paths: list[Path], columns: tuple[str, ...]) -> list[dict]:
     """The rows of CSVs. Raises SystemExit if a file or a column is missing."""
-    rows = []
+    rows: list[dict] = []
     for path in paths:
         if not path.is_file():
             sys.exit(f"there is no file {path}")
@@ -52,7 +49,7 @@ def read(paths: list[Path], columns: tuple[str, ...]) -> list[dict]:
 
 def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     """Rows by the values of some columns, in the order of the file."""
-    groups = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return groups
@@ -121,9 +118,10 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
     picture, all_axes = panels(len(groups))
     highest = max(float(row["step_ms"]) for mine in groups.values() for row in mine)
     numbers = sorted({int(row["heads"]) for mine in groups.values() for row in mine}, reverse=True)
-    for axes, ((model, gpu, length, batch_size), mine) in zip(all_axes, groups.items(), strict=True):
-        mine = {(int(row["heads"]), int(row["nodes"])): row for row in sorted(mine, key=lambda row: int(row["nodes"]))}
-        plain, lines = None, {heads: [] for heads, _ in sorted(mine, reverse=True)}
+    for axes, ((model, gpu, length, batch_size), of_panel) in zip(all_axes, groups.items(), strict=True):
+        by_nodes = sorted(of_panel, key=lambda row: int(row["nodes"]))
+        mine = {(int(row["heads"]), int(row["nodes"])): row for row in by_nodes}
+        plain, lines = None, {heads: list[tuple]() for heads, _ in sorted(mine, reverse=True)}
         for (heads, nodes), row in mine.items():
             if nodes:
                 lines[heads].append((nodes, float(row["step_ms"]), row))
@@ -131,13 +129,13 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
                 plain = row
         lines = {heads: points for heads, points in lines.items() if points}
         start = [(0, float(plain["step_ms"]), plain)] if plain else []
-        nodes, _, most = zip(*(start + next(iter(lines.values()), [])), strict=True)
+        read_nodes, _, most = zip(*(start + next(iter(lines.values()), [])), strict=True)
         reading = {
             "reading the backbone": [float(row["floor_ms"]) for row in most],
             "its keys and values": [float(row["cache_gb"]) / float(row["bandwidth_tb_s"]) for row in most],  # ms
             "the heads in use": [float(row["heads_floor_ms"]) for row in most],
         }
-        axes.stackplot(nodes, *reading.values(), labels=reading, colors=("#c4c4c4", "#a3c2dc", "#f3c88f"))
+        axes.stackplot(read_nodes, *reading.values(), labels=reading, colors=("#c4c4c4", "#a3c2dc", "#f3c88f"))
         for i, (heads, points) in enumerate(lines.items()):
             x, ms, _ = zip(*(start + points), strict=True)
             label = f"{heads} head{'s' * (heads > 1)}, measured"
@@ -155,135 +153,17 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
         axes.set_title(f"{model}, {int(length):,} tokens so far{of_batch(batch_size)}\n{gpu}", fontsize=10)
     picture.set_figwidth(5.2 * len(groups) + 2.8)  # beside the panels a legend
     entries = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in all_axes]
-    handles = {label: handle for of_panel in entries for handle, label in of_panel}
+    handles = {label: handle for of_axes in entries for handle, label in of_axes}
     picture.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
     picture.supxlabel("on the points: tokens that a pass must yield to be as fast as plain decoding", fontsize=7.5)
     return picture
 
 
-SIZE, MARGIN, TOP, BOTTOM = (900, 420), 16, 84, 36  # pixels; between TOP and BOTTOM are the answers
-FRAMES, SHORTEST, LAST = 120, 50, 3000  # at most so many; ms of a frame at least, and of the last one
-INK, GUESS = "#222222", BLUE
-
-
-class Run(NamedTuple):
-    """A part of an answer that one token brought, where it stands and when it came."""
-
-    line: int
-    x: float
-    text: str
-    color: str
-    seconds: float
-
-
-def runs(passes: list, font, width: int) -> list[Run]:
-    """The whole answer, wrapped at words to `width` pixels, so that nothing moves while it comes."""
-    chars = []  # (character, which token, its colour, its time)
-    for number, (seconds, texts) in enumerate(passes):
-        for i, text in enumerate(texts):
-            color = GUESS if i < len(texts) - 1 else INK  # the last one is the backbone's own
-            chars += [(char, (number, i), color, seconds) for char in text]
-    found, line, x, at = [], 0, 0.0, 0
-    for word in re.findall(r"\n|[^\S\n]+|\S+", "".join(char for char, *_ in chars)):
-        of_word, at = chars[at : at + len(word)], at + len(word)
-        if word == "\n" or (x + font.getlength(word) > width and x > 0):
-            line, x = line + 1, 0.0
-        if word.isspace() and x == 0:
-            continue
-        for (_, color, seconds), same in groupby(of_word, key=lambda char: char[1:]):
-            text = "".join(char for char, *_ in same)
-            found.append(Run(line, x, text, color, seconds))
-            x += font.getlength(text)
-    return found
-
-
-def counters(passes: list, now: float) -> str:
-    """What has come `now` seconds after the first token. The first is the prefill's and counts in no rate."""
-    done = [(seconds, len(texts)) for seconds, texts in passes if seconds <= now]
-    last, tokens = done[-1][0], sum(count for _, count in done)
-    if len(done) == 1:
-        return f"{tokens} token"
-    rate, each = (tokens - done[0][1]) / last, (tokens - done[0][1]) / (len(done) - 1)
-    return f"{tokens} tokens   {rate:.0f} tokens/s   {each:.2f} tokens per pass"
-
-
-def frame(trace: dict, now: float, slow_down: float, fonts: dict) -> Image.Image:
-    """Both answers, `now` seconds after their first tokens."""
-    image = Image.new("RGB", SIZE, "white")
-    draw, pane = ImageDraw.Draw(image), (SIZE[0] - 3 * MARGIN) // 2
-    slowed = f", slowed down {slow_down:g} times" if slow_down != 1 else ""
-    title = f"{trace['label']}, {trace['machine']}{slowed}"
-    draw.text((MARGIN, 10), fit(title, fonts["bold"], SIZE[0] - 2 * MARGIN), INK, fonts["bold"])
-    prompt = fit("Prompt: " + " ".join(trace["prompt"].split()), fonts["text"], SIZE[0] - 2 * MARGIN)
-    draw.text((MARGIN, 32), prompt, GREY, fonts["text"])
-    height = 19
-    lines = (SIZE[1] - TOP - BOTTOM) // height
-    names = "plain decoding", f"with heads: a tree of {trace['heads']['nodes']} guesses"
-    for i, (key, name) in enumerate(zip(("plain", "heads"), names, strict=True)):
-        left, passes = MARGIN + i * (pane + MARGIN), trace[key]["passes"]
-        draw.text((left, 58), name, INK, fonts["bold"])
-        if key == "heads":
-            at = left + fonts["bold"].getlength(name + "  ")
-            draw.text((at, 58), "(right ones in blue)", GUESS, fonts["text"])
-        draw.line((left, TOP - 5, left + pane, TOP - 5), "#cccccc")
-        there = [run for run in trace[key]["runs"] if run.seconds <= now]
-        first = max(0, max((run.line for run in there), default=0) + 1 - lines)  # older ones have scrolled away
-        for run in there:
-            if run.line >= first:
-                draw.text((left + run.x, TOP + (run.line - first) * height), run.text, run.color, fonts["text"])
-        draw.text((left, SIZE[1] - BOTTOM + 10), counters(passes, now), INK, fonts["bold"])
-        if now >= passes[-1][0] > 0:
-            text = f"{passes[-1][0]:.2f} s"
-            draw.text((left + pane - fonts["bold"].getlength(text), SIZE[1] - BOTTOM + 10), text, GREY, fonts["bold"])
-    return image
-
-
-def fit(text: str, font, width: int) -> str:
-    """A text that may have to end earlier, in dots, not to be wider."""
-    if font.getlength(text) <= width:
-        return text
-    while font.getlength(text + " ...") > width:
-        text = text[:-1]
-    return text + " ..."
-
-
-def animate(trace: dict, path: Path, slow_down: float) -> int:
-    """Writes the GIF and returns the number of its frames."""
-    # matplotlib's own DejaVu Sans, which has more letters than Pillow's own font
-    files = {weight: findfont(FontProperties(weight=weight)) for weight in ("normal", "bold")}
-    fonts = {"text": ImageFont.truetype(files["normal"], 14), "bold": ImageFont.truetype(files["bold"], 13)}
-    for key in ("plain", "heads"):
-        trace[key]["runs"] = runs(trace[key]["passes"], fonts["text"], (SIZE[0] - 3 * MARGIN) // 2)
-    end = max(trace[key]["passes"][-1][0] for key in ("plain", "heads"))
-    shown = end * slow_down * 1000
-    each = 10 * ceil(max(SHORTEST, shown / (FRAMES - 1)) / 10)  # GIF counts in hundredths of a second
-    count = 1 + ceil(shown / each)
-    images = [frame(trace, min(end, i * each / slow_down / 1000), slow_down, fonts) for i in range(count)]
-    last = images[-1].quantize(32, dither=Image.Dither.NONE)  # it has all the colours
-    images = [image.quantize(palette=last, dither=Image.Dither.NONE) for image in images]
-    durations = [each] * (count - 1) + [LAST]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
-    return count
-
-
-def read_trace(path: Path) -> dict:
-    """Raises SystemExit if it is not what benchmark/decoding.py wrote."""
-    try:
-        trace = json.loads(path.read_text())
-        ok = all(trace[key]["passes"][0][1] and "nodes" in trace[key] for key in ("plain", "heads"))
-        ok = ok and {"prompt", "label", "machine"} <= set(trace)
-    except OSError as error:
-        sys.exit(f"cannot read {path}: {error.strerror}")
-    except (ValueError, KeyError, IndexError, TypeError):
-        ok = False
-    return trace if ok else sys.exit(f"{path} is no trace: make it with benchmark/decoding.py --trace")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decoding", type=Path, nargs="+", default=[], help="CSVs of benchmark/decoding.py")
+    parser.add_argument("--decoding", type=Path, nargs="+", default=[], help="CSVs of benchmark/decoding_speed.py")
     parser.add_argument("--step_time", type=Path, nargs="+", default=[], help="CSVs of benchmark/step_time.py")
-    parser.add_argument("--trace", type=Path, help="what benchmark/decoding.py --trace wrote")
+    parser.add_argument("--trace", type=Path, help="what benchmark/decoding_speed.py --trace wrote")
     parser.add_argument("--slow_down", type=float, default=1, help="of the animation; 1 is as fast as it was")
     parser.add_argument("--out", type=Path, required=True, help="directory of the pictures")
     args = parser.parse_args()

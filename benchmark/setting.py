@@ -1,11 +1,11 @@
-"""What the benchmarks share: the model's shapes, the three implementations that are compared, and the CSVs.
+"""What the benchmarks share: the model's shapes, the three implementations they compare, and the CSVs.
 
     hf      Hugging Face: plain torch, all logits of all heads at once, then one backward
     liger   Liger's default: its kernels, its fused loss per head in its own chunks, all heads, then one backward
     ours    this project: train.py as it is
 
 All three compute the same losses of the same heads (the benchmarks compare them) with the same Trainer, data and
-optimiser. In a group of processes the first two leave the heads in FSDP2's root unit, where those nobody names are.
+optimiser. In a group of processes hf and liger leave the heads in FSDP2's root unit, where modules stay by default.
 """
 
 import csv
@@ -22,9 +22,10 @@ from transformers.models.llama import modeling_llama
 from common import provenance
 from medusa_model import MedusaConfig, MedusaModel
 from model import loss as head_loss
+from model.heads import ResBlock
 from training.trainer import MedusaTrainer
 
-LLAMA3_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+LLAMA3_8B: dict = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 LLAMA3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 LLAMA3_8B |= {"rope_theta": 500000.0, "tie_word_embeddings": False}
 TINY = LLAMA3_8B | {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -32,12 +33,12 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 IMPLEMENTATIONS = ("hf", "liger", "ours")
 CHUNK_ROWS = head_loss.CHUNK_ROWS
-# Liger replaces these for the whole process, not for one model.
+# Liger replaces these in transformers, so for every model of the process.
 PLAIN_LLAMA = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
 
 
 def set_sizes(options):
-    """`options.shape` and, if none were given, `options.lengths`: those of an 8B model, or small ones for --smoke."""
+    """Sets `options.shape` and, if none were given, `options.lengths`: for an 8B model, or small ones for --smoke."""
     options.shape = TINY if options.smoke else LLAMA3_8B
     options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
 
@@ -49,10 +50,10 @@ class AllAtOnceTrainer(MedusaTrainer):
         super().__init__(*args, **kwargs)
         self.one_by_one = False
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        # Only the decoder's layers are units. Under FSDP1 heads are too: a unit's weights are of one type there, and
-        # the root unit would have the frozen backbone's in bf16 and the heads' in fp32.
+        # Only the decoder's layers are units. Under FSDP1 the heads are too: a unit must have one dtype there, and the
+        # root unit would have the frozen backbone's weights in bf16 and the heads' in fp32.
         if plugin is not None and plugin.fsdp_version == 2:
-            plugin.transformer_cls_names_to_wrap = list(self.medusa.backbone._no_split_modules)
+            plugin.transformer_cls_names_to_wrap = list(self.medusa.backbone._no_split_modules or [])
 
 
 def trainer_class(implementation: str) -> type[MedusaTrainer]:
@@ -60,13 +61,13 @@ def trainer_class(implementation: str) -> type[MedusaTrainer]:
 
 
 def choose_implementation(model: MedusaModel, implementation: str, device: torch.device):
-    """The kernels of one of the three. Liger's own chunk size is what is left if we ask for the smallest."""
+    """Sets the kernels of an implementation. Liger falls back to its own chunk size if asked for chunks of one row."""
     head_loss.CHUNK_ROWS = 1 if implementation == "liger" else CHUNK_ROWS
     model.choose_kernels(implementation != "hf", device)
 
 
 def without_liger():
-    """Call it before a model is built: undoes what `choose_implementation` of an earlier one did."""
+    """Undoes `choose_implementation` of an earlier model. Call it before a model is built."""
     for name, value in PLAIN_LLAMA.items():
         setattr(modeling_llama, name, value)
 
@@ -74,7 +75,7 @@ def without_liger():
 def random_model(shape: dict, heads: int, stage: int, dtype: torch.dtype, device: torch.device) -> MedusaModel:
     """A MedusaModel with random weights, made on `device`, the same for the same arguments.
 
-    The ResBlocks are random too: at zero, as heads start, it would not show if one were left out.
+    The ResBlocks are random too. Heads start with zero ones, and then leaving one out would not show.
     """
     without_liger()
     set_seed(0)
@@ -84,16 +85,16 @@ def random_model(shape: dict, heads: int, stage: int, dtype: torch.dtype, device
         )
         model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=heads), dtype=dtype)
     with torch.no_grad():
-        for *blocks, _ in model.medusa_heads:
-            for block in blocks:
-                block.linear.weight.normal_(std=shape["hidden_size"] ** -0.5)
+        for module in model.medusa_heads.modules():
+            if isinstance(module, ResBlock):
+                module.linear.weight.normal_(std=shape["hidden_size"] ** -0.5)
     if stage == 1:
         model.freeze_backbone()
     return model
 
 
 def random_rows(shape: dict, length: int, count: int) -> list[dict]:
-    """`count` conversations of random tokens in which every token but the first is a target; the same for all."""
+    """`count` conversations of random tokens, the same in every call. Every token but the first is a target."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, shape["vocab_size"], (count, length), generator=generator)
     return [{"input_ids": row, "labels": row} for row in tokens.tolist()]
@@ -106,7 +107,7 @@ def origin() -> dict:
 
 
 def append(path: Path, row: dict):
-    """Adds one row to a CSV, at once, so that a run that is cut off leaves what it has measured. Raises SystemExit if
+    """Adds one row to a CSV at once, so that a run that is cut off keeps what it has measured. Raises SystemExit if
     the file has other columns."""
     new = not path.exists()
     if not new:

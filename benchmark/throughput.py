@@ -4,15 +4,16 @@
     python benchmark/throughput.py --stage 1 --implementations ours --heads 5 --lengths 2048 --data_path chats.jsonl \\
         --tokenizer meta-llama/Meta-Llama-3-8B-Instruct --out benchmark/results/throughput.csv
 
-LLaMA-3-8B shapes; weights and AdamW's moments are in bf16 (--dtype bfloat16), or an 8B model would not fit on one GPU.
-Weights and tokens are random, and every token is a target. A run is --warmup steps and --steps that count; the time is
-EfficiencyCallback's. Each combination starts from the same weights, and their losses and gradient norms are compared:
-where they differ, the script ends with an error, since then the work was not the same. Out of memory is a row too.
+LLaMA-3-8B shapes. Weights and AdamW's moments are in bf16 (--dtype bfloat16), or an 8B model would not fit on one GPU.
+Weights and tokens are random, and every token is a target. A run has --warmup steps, then --steps that count.
+EfficiencyCallback measures the time. All implementations start from the same weights, and the script compares their
+losses and gradient norms: if they differ, the work was not the same, and it ends with an error. Where memory runs out,
+the row says OOM.
 
-ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 on a cool GPU; sustained_tflops the same
-after two seconds of them, when the GPU has reached its power limit, as it has in training.
+ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 on a cool GPU. sustained_tflops is the
+same after two seconds of such products, when the GPU has reached its power limit, as in training.
 
-With --data_path, real conversations are compared: padded to --lengths, grouped by length, packed.
+With --data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from conversations.sources import load_conversations
 from conversations.tokenizer import load_tokenizer
 from training.arguments import TrainingArguments
 
-# How far the same work may differ, relative, between implementations in bf16. The later losses follow from all earlier
-# gradients; without a head's gradient they would stay at ln(128256) = 11.8.
+# The largest relative difference in bf16 between implementations that do the same work. The last loss depends on all
+# earlier gradients; without a head's gradient it would stay at ln(128256) = 11.8.
 TOLERANCE = {"first_loss": 2e-3, "grad_norm": 3e-2, "last_loss": 5e-2}
 
 
@@ -45,7 +46,8 @@ def ceilings(device: torch.device) -> dict[str, str]:
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def rate(seconds: float) -> float:
-        times, start = [], time.perf_counter()
+        times: list[float] = []
+        start = time.perf_counter()
         while len(times) < 30 or time.perf_counter() - start < seconds:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
@@ -61,7 +63,7 @@ def ceilings(device: torch.device) -> dict[str, str]:
 
 
 class Trace(TrainerCallback):
-    """Writes where two steps after the warm-up go: GPU time by kernel, and the pauses between kernels."""
+    """Writes how the GPU spends two steps after the warm-up: its time by kernel, and the pauses between kernels."""
 
     def __init__(self, at: int, path: Path):
         self.at, self.path = at, path
@@ -80,7 +82,8 @@ class Trace(TrainerCallback):
         cuda = torch.autograd.DeviceType.CUDA
         found = [event for event in self.profile.events() if event.device_type == cuda and "#" not in event.name]
         spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in found)
-        by_name, pauses, end, last = {}, [], spans[0][0], ""
+        by_name: dict[str, tuple[float, int]] = {}
+        pauses, end, last = [], spans[0][0], ""
         for start, stop, name in spans:
             total, count = by_name.get(name, (0.0, 0))
             by_name[name] = (total + stop - start, count + 1)
@@ -154,14 +157,17 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     }
 
 
-FIGURES = ("step_time_s", "tokens_per_s", "rows_per_s", "useful_tflops", "mfu")
-FIGURES += ("peak_gib", "reserved_gib", "first_loss", "last_loss", "grad_norm")
+FIGURES = (
+    *("step_time_s", "tokens_per_s", "rows_per_s", "useful_tflops", "mfu"),
+    *("peak_gib", "reserved_gib", "first_loss", "last_loss", "grad_norm"),
+)
 OOM = dict.fromkeys(FIGURES, "") | dict.fromkeys(("step_time_s", "tokens_per_s", "peak_gib"), "OOM")
 
 
 def differences(rows: list[dict]) -> list[str]:
-    """What is not the same work in rows that only differ in the implementation; a sentence each."""
-    problems, first = [], {}
+    """A sentence for each figure that differs too much between rows that differ only in the implementation."""
+    problems: list[str] = []
+    first: dict[tuple, dict] = {}
     for row in rows:
         if row["step_time_s"] == "OOM" or row["data"] != "random":
             continue
@@ -177,13 +183,13 @@ def differences(rows: list[dict]) -> list[str]:
 
 
 def random_tokens(options, length: int) -> dict:
-    """The same batch in each step, so that losses fall; the one entry of what `conversations` has several of."""
+    """name -> rows, as `conversations`, but with one entry: the same batch in each step, so that losses fall."""
     batch = setting.random_rows(options.shape, length, options.batch_size)
     return {"random": batch * (options.warmup + options.steps)}
 
 
 def conversations(options, length: int) -> dict:
-    """Real conversations by how they become batches: name -> dataset."""
+    """name -> dataset of real conversations, one for each way to make batches of them."""
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
     data = load_conversations(options.data_path)
     data = data.shuffle(seed=0).select(range(min(options.conversations, len(data))))

@@ -31,7 +31,7 @@ def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_n
     """Runs a script's `main`. An error that the user can mend becomes one line on stderr, with the script's own
     advice, and exit status 1.
 
-    Any other error is a bug of ours and keeps its traceback. `MEDUSA_TRACEBACK=1` keeps that of BadInput too.
+    Other errors are bugs of ours and keep their traceback. `MEDUSA_TRACEBACK=1` keeps it for BadInput and NaN too.
     """
     try:
         main()

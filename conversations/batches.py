@@ -1,4 +1,4 @@
-"""Tokenised conversations -> batches with little padding: packing, right padding, grouping by length."""
+"""Tokenised conversations -> batches with little padding: packing, padding on the right, grouping by length."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,8 @@ from conversations.targets import IGNORE
 
 
 def pack(rows: dict, max_length: int) -> dict:
-    """Best fit: the longest conversation first, each into the fullest row it still fits; for datasets.map."""
+    """Packs conversations into rows of at most max_length tokens, for datasets.map. Best fit: the longest conversation
+    first, each into the fullest row that still has room for it."""
     bins: list[tuple[int, list[int]]] = []  # (tokens so far, conversations)
     for index in sorted(range(len(rows["length"])), key=lambda i: -rows["length"][i]):
         fits = [b for b, (used, _) in enumerate(bins) if used + rows["length"][index] <= max_length]
@@ -20,7 +21,7 @@ def pack(rows: dict, max_length: int) -> dict:
             bins.append(placed)
         else:
             bins[best] = placed
-    packed = {
+    packed: dict[str, list] = {
         key: [[token for i in members for token in rows[key][i]] for _, members in bins]
         for key in ("input_ids", "labels")
     }
@@ -30,11 +31,11 @@ def pack(rows: dict, max_length: int) -> dict:
 
 
 class Collator:
-    """Rows -> `input_ids`, `labels`, `attention_mask` `[B, T]`, padded on the right to the longest (a multiple of
-    8, for the matrix units); `position_ids` too if the rows are packed.
+    """Rows -> `input_ids`, `labels`, `attention_mask` `[B, T]`, and `position_ids` if the rows are packed. Pads on the
+    right to `pad_to`, or to the longest row, rounded up to a multiple of 8 for the matrix units.
 
-    Padding is known by length, never by token id: where pad = EOS, a real end of turn stays a label. The mask is
-    there to count tokens; causal attention needs none for padding on the right, and is faster without.
+    Padding is known by length, never by token id: where pad = EOS, a real end of turn stays a label. The mask only
+    serves to count tokens. With padding on the right causal attention needs none, and is faster without.
     """
 
     def __init__(self, pad_token_id: int, pad_to: int | None = None):
@@ -54,10 +55,10 @@ class Collator:
 
 
 class LengthGroupedSampler(Sampler):
-    """Random order in which the rows of one optimiser step have about the same length, so that little is padding.
+    """A random order in which the rows of one optimiser step have about the same length, to save padding.
 
-    Rows are shuffled, cut into pools of 50 steps, sorted by length inside a pool, cut into steps, and the steps
-    shuffled. Depends on seed and epoch alone, so that a resumed run draws the same batches.
+    Shuffles the rows, cuts them into pools of 50 steps, sorts each pool by length, cuts it into steps, and shuffles
+    the steps. The order depends on seed and epoch alone, so a resumed run draws the same batches.
     """
 
     def __init__(self, lengths: list[int], rows_per_step: int, seed: int):
@@ -79,5 +80,5 @@ class LengthGroupedSampler(Sampler):
             for i in sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
         ]
         whole = len(order) // self.rows_per_step
-        for step in torch.randperm(whole, generator=generator).tolist() + [whole]:  # a rest, if any, comes last
+        for step in torch.randperm(whole, generator=generator).tolist() + [whole]:  # an incomplete step comes last
             yield from order[step * self.rows_per_step : (step + 1) * self.rows_per_step]

@@ -1,4 +1,4 @@
-"""A conversation -> input_ids, and labels in which only the assistant's tokens count."""
+"""A conversation -> input_ids, and labels that are set on the assistant's tokens only."""
 
 import os
 import re
@@ -7,17 +7,17 @@ from conversations.targets import IGNORE
 
 
 def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]], int]:
-    """The conversation as the chat template writes it, the `[start, end)` characters the assistant says, and where
-    the last answer's text ends, without white space.
+    """The conversation as the chat template writes it, the `[start, end)` characters of each answer, and where the
+    text of the last answer ends, without white space at its end.
 
-    Each answer is replaced by a mark and the conversation rendered once more: what stands between the marks is
-    the template's own, so the answers' places follow exactly, whatever the template does around them (rendering
-    turn by turn fails for templates that write a turn differently once another follows). A span takes in what
-    the template puts behind every answer (the end-of-turn token), without the white space that follows it.
-    Raises ValueError if the template does not keep the answers as they are.
+    The conversation is rendered a second time with a mark in place of each answer. The text between the marks is the
+    template's own, and gives the exact place of every answer. (Rendering turn by turn fails for templates that write
+    a turn differently once another follows.) A span includes what the template writes after every answer (the
+    end-of-turn token), but not the white space after that. Raises ValueError if the template changes an answer.
     """
     mark = "\ue0f7{}\ue0f7"  # a private-use character: no template touches it
-    marked, answers = [], []
+    marked: list[dict] = []
+    answers: list[str] = []
     for message in messages:
         if message["role"] == "assistant":
             message, answer = message | {"content": mark.format(len(answers))}, message["content"]
@@ -27,8 +27,10 @@ def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[in
     pieces = re.split("\ue0f7\\d+\ue0f7", tokenizer.apply_chat_template(marked, tokenize=False))
     if len(pieces) != len(answers) + 1 or not text.startswith(pieces[0]):
         raise ValueError("the chat template does not write every turn")
-    # What follows every answer, up to white space: "<|im_end|>" of "<|im_end|>\n", without an EOS that ends the text.
-    end_of_turn = re.match(r"\s*\S*", os.path.commonprefix(pieces[1:]))[0]  # noqa: RUF071 (it is no path)
+    # What follows every answer, up to white space: "<|im_end|>" of "<|im_end|>\n". An EOS that only ends the text is
+    # not part of it.
+    end_of_turn = re.match(r"\s*\S*", os.path.commonprefix(pieces[1:]))  # noqa: RUF071 (it is no path)
+    assert end_of_turn  # the pattern matches any text
     spans, at = [], len(pieces[0])
     for answer, after in zip(answers, pieces[1:], strict=True):
         for written in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
@@ -37,17 +39,17 @@ def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[in
         else:
             raise ValueError("the chat template rewrites an answer: where it ends cannot be told")
         end = at + len(written)
-        spans.append((at, end + len(end_of_turn.rstrip())))
+        spans.append((at, end + len(end_of_turn[0].rstrip())))
         at = end + len(after)
     return text, spans, len(text[:end].rstrip())
 
 
 def encode(messages: list[dict], tokenizer, max_length: int, unfinished: bool = False) -> dict:
-    """-> input_ids and labels `[T]`, T <= max_length; labels are IGNORE outside the assistant's turns.
+    """-> input_ids and labels `[T]`, T <= max_length. Labels are IGNORE outside the assistant's turns.
 
-    The template's text already holds the BOS token, so none is added. A template with `{% generation %}` says
-    itself which tokens are the assistant's. unfinished: the tokens end with the last answer's text, so that nothing
-    teaches an end where there was none; white space at its end goes too, it may be half a token.
+    The template's text already has the BOS token, so none is added. A template with `{% generation %}` itself says
+    which tokens are the assistant's. unfinished: cut after the text of the last answer, so that the model does not
+    learn an end where there was none. White space at that end is cut too: it may be half a token.
     """
     marks_answers = re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template())
     if unfinished or not marks_answers:

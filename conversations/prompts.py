@@ -1,4 +1,4 @@
-"""What a model is asked, and which tokens end its answer."""
+"""Prompts: from a file or a conversation, and as tokens."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from conversations.sources import load_conversations
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a .txt file, or each conversation's first question of a .json/.jsonl file. Raises BadInput if
-    there are none."""
+    """The lines of a .txt file, or the first question of each conversation in a .json or .jsonl file. Raises BadInput
+    if there are none."""
     if path.endswith((".json", ".jsonl")):
         conversations = load_conversations(path)["messages"]
         return [next(m["content"] for m in messages if m["role"] == "user") for messages in conversations]
@@ -23,11 +23,11 @@ def read_prompts(path: str) -> list[str]:
 
 
 def ask(messages: list[dict]) -> list[dict]:
-    """The part of a conversation before its first answer."""
+    """The turns before the first answer."""
     return messages[: next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))]
 
 
 def tokenise(conversations: list[list[dict]], tokenizer) -> list[list[int]]:
-    """What the model reads of each: a chat whose answer comes next."""
+    """Each conversation as tokens, up to where the assistant's answer begins."""
     texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

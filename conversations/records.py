@@ -1,6 +1,6 @@
-"""What a file of conversations holds: JSON records, and the turns of each.
+"""Reads the records of a file of conversations, and the turns of each record.
 
-Two kinds of records: ShareGPT's (`conversations`: from / value) and chat (`messages`: role / content).
+There are two kinds of records: ShareGPT's (`conversations`: from / value) and chat (`messages`: role / content).
 docs/data.md lists what is skipped and what is refused.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.errors import BadInput
 
-CUT_OFF = object()  # read_records' last word on an array whose end is missing
+CUT_OFF = object()  # what read_records yields last if the end of the array is missing
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -20,9 +20,9 @@ ROLES = {
 
 
 def read_records(path: str) -> Iterator[object]:
-    """The records of a JSON array or of JSON lines, whichever the file's first character says.
+    """The records of a JSON array (the file starts with "[") or of JSON lines.
 
-    An array that is cut off yields its whole records, then CUT_OFF. Raises BadInput on a syntax error.
+    A cut-off array yields its complete records, then CUT_OFF. Raises BadInput on a syntax error.
     """
     data = Path(path).read_bytes()
     try:
@@ -44,21 +44,23 @@ def read_records(path: str) -> Iterator[object]:
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     at, end, number = text.index("[") + 1, len(text.rstrip()), 0
     while True:
-        at = between.match(text, at).end()
+        gap = between.match(text, at)
+        assert gap  # the pattern matches any text
+        at = gap.end()
         if at >= end:
             yield CUT_OFF
             return
         if text[at] == "]":
             if at + 1 < end:
-                line = text.count("\n", 0, at) + 1
+                line_number = text.count("\n", 0, at) + 1
                 raise BadInput(
-                    f"{path}, line {line}: the array ends here, but the file goes on: keep one array a file"
+                    f"{path}, line {line_number}: the array ends here, but the file goes on: keep one array a file"
                 )
             return
         try:
             record, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            # What a cut can leave: a string without end, an error at the very end, or half a word ("fal", "\\u00e").
+            # A cut can leave a string without end, an error at the very end, or half a word ("fal", "\\u00e").
             half_a_word = error.pos >= end - 6 and text[end - 1] not in "]}"
             if error.msg.startswith("Unterminated string") or error.pos >= end or half_a_word:
                 yield CUT_OFF
@@ -72,17 +74,18 @@ def read_records(path: str) -> Iterator[object]:
 def to_messages(record: object) -> tuple[list[dict], str]:
     """One record -> (`[{"role", "content"}, ...]`, ""), or ([], why it cannot be used).
 
-    Assistant turns before the first question (ShareGPT has them where a long conversation was split) and
-    questions after the last answer are left out.
+    Leaves out assistant turns before the first question (ShareGPT has them where a long conversation was split) and
+    questions after the last answer.
     """
     if record is CUT_OFF:
         return [], "the file is cut off here"
-    turns = record.get("messages") or record.get("conversations") if isinstance(record, dict) else None
+    fields = record if isinstance(record, dict) else {}
+    turns = fields.get("messages") or fields.get("conversations")
     if not isinstance(turns, list) or not turns:
         return [], "no turns under 'messages' or 'conversations'"
-    if not isinstance(record.get("unfinished"), bool | None):  # None: a Hub dataset where only some records say it
+    if not isinstance(fields.get("unfinished"), bool | None):  # None: a Hub dataset where only some records have it
         return [], "'unfinished' is not true or false"
-    messages = []
+    messages: list[dict] = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             return [], f"turn {number} is not an object"

@@ -3,6 +3,7 @@
 import logging
 import os
 from functools import partial
+from typing import Any
 
 import datasets
 from jinja2 import TemplateError
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode_record(row: dict, tokenizer, max_length: int, min_length: int) -> dict:
-    """`encode` for datasets.map: a record that cannot be used gets a `problem` instead of an exception."""
+    """`encode` for datasets.map. A record that cannot be used gets a `problem` instead of an exception."""
     try:
         out, problem = encode(row["messages"], tokenizer, max_length, row["unfinished"]), ""
         if len(out["input_ids"]) < min_length:
@@ -30,8 +31,8 @@ def encode_record(row: dict, tokenizer, max_length: int, min_length: int) -> dic
 
 
 def encode_lazily(rows: dict, tokenizer, max_length: int, min_length: int) -> dict:
-    """`encode` for Dataset.with_transform (`--lazy_preprocess`), on a batch of rows. A record that cannot be used
-    is logged when it is drawn, and becomes a row that counts nothing."""
+    """`encode` for Dataset.with_transform (`--lazy_preprocess`), on a batch of rows. A record that cannot be used is
+    logged when it is drawn, and becomes one token without a label: it does not change the loss."""
     encoded = []
     for i, number in enumerate(rows["record"]):
         row = encode_record({key: column[i] for key, column in rows.items()}, tokenizer, max_length, min_length)
@@ -54,17 +55,18 @@ def prepare(
 ) -> datasets.Dataset:
     """Conversations -> a dataset of input_ids, labels (and position_ids if packed), ready for `batches.Collator`.
 
-    min_length: tokens a conversation needs so that each of K heads has a place to look at (K + 2).
-    lazy: tokenise when a batch is drawn; nothing is known of the lengths then. packing: several conversations to
-    a row of max_length tokens. by_length: shortest first, so that batches in this order need little padding.
+    min_length: the tokens a conversation needs so that each of K heads has a target (K + 2).
+    lazy: tokenise when a batch is drawn; lengths are not known then.
+    packing: put several conversations into a row of max_length tokens.
+    by_length: shortest first, so that batches in this order need little padding.
     """
-    limits = {"max_length": max_length, "min_length": min_length}
+    limits: dict[str, Any] = {"max_length": max_length, "min_length": min_length}
     if lazy:
         first = [encode_record(row, tokenizer, **limits)["problem"] for row in data.select(range(min(20, len(data))))]
         if all(first):
             raise BadInput(f"{name}: none of the first {len(first)} conversations can be used: {first[0]}")
         return data.with_transform(partial(encode_lazily, tokenizer=tokenizer, **limits))
-    workers = min(os.cpu_count() or 1, len(data) // 500)  # starting a process costs more than 500 records
+    workers = min(os.cpu_count() or 1, len(data) // 500)  # 500 records take less time than to start a process
     common = {"num_proc": workers if workers > 1 else None}
     data = data.map(
         encode_record,

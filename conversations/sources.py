@@ -1,4 +1,4 @@
-"""Where conversations come from: a local .json or .jsonl file, or a Hub dataset; and what of them is held out."""
+"""Loads conversations from a local .json or .jsonl file or a Hub dataset, and holds some out."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ FEATURES = datasets.Features(
     {
         "record": datasets.Value("int64"),  # 1-based, as a person counts
         "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-        "unfinished": datasets.Value("bool"),  # the last answer was cut off, so its end is none
+        "unfinished": datasets.Value("bool"),  # the last answer was cut off: its end is no end of turn
         "problem": datasets.Value("string"),  # why the record is skipped; "" if it is not
     }
 )
@@ -25,18 +25,18 @@ FEATURES = datasets.Features(
 
 def _to_row(record: object, index: int) -> dict:
     messages, problem = to_messages(record)
-    unfinished = not problem and bool(record.get("unfinished"))
+    unfinished = not problem and isinstance(record, dict) and bool(record.get("unfinished"))
     return {"record": index + 1, "messages": messages, "unfinished": unfinished, "problem": problem}
 
 
 def _read_local(path: str, size: int, mtime: float) -> Iterator[dict]:
-    # size and mtime are only there to make datasets' cache notice a changed file
+    # size and mtime make datasets' cache notice a changed file
     for index, record in enumerate(read_records(path)):
         yield _to_row(record, index)
 
 
 def _read_hub(row, index: int) -> dict:
-    return _to_row(dict(row), index)  # datasets.map hands over a mapping of its own
+    return _to_row(dict(row), index)  # datasets.map passes a mapping that is not a dict
 
 
 def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets.Dataset:
@@ -64,7 +64,7 @@ def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets
 
 
 def drop_problems(data: datasets.Dataset, name: str) -> datasets.Dataset:
-    """Leaves out the records with a `problem`, and says how many there were of each kind. Raises if all have."""
+    """Drops the records with a `problem` and logs how many there are of each kind. Raises BadInput if none is left."""
     problems = data["problem"]
     kinds: dict[str, list[int]] = {}
     for record, problem in zip(data["record"], problems, strict=True):
@@ -81,8 +81,8 @@ def drop_problems(data: datasets.Dataset, name: str) -> datasets.Dataset:
 def split_conversations(
     data: datasets.Dataset, eval_data: datasets.Dataset | None, holdout: float
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """-> (train, eval). Without eval_data the last `holdout` conversations (a share if below 1, else a number)
-    are held out. A conversation that is in both is taken out of train, so that eval is never trained on."""
+    """-> (train, eval). Without eval_data, holds out the last `holdout` conversations (a share if below 1, else a
+    number). Drops from train what is in eval too, so that the model never trains on it."""
     if eval_data is None:
         if not holdout >= 0:
             raise BadInput(f"--eval_holdout {holdout:g}: 0 or more")

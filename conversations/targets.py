@@ -1,15 +1,15 @@
-"""What head k is asked for at each position: labels, shifted by k + 1."""
+"""What head k has to predict at each position: the labels, shifted by k + 1."""
 
 import torch
 
-IGNORE = -100  # a target with this value is no row: it adds nothing to the loss, the gradient or the count
+IGNORE = -100  # a position with this target is no row: it does not change loss, gradient or count
 
 
 def shifted_targets(labels: torch.Tensor, shift: int, position_ids: torch.Tensor | None = None) -> torch.Tensor:
     """`[B, T]` labels -> `[B, T]` targets: target[t] = label[t + shift], or IGNORE where there is none.
 
-    With packed rows `position_ids` `[B, T]` restart at each conversation; where they do not advance by `shift`,
-    the label belongs to another conversation and is no target.
+    In packed rows `position_ids` `[B, T]` restart at each conversation. Where they do not advance by `shift`, the
+    label belongs to another conversation and is no target.
     """
     targets = torch.full_like(labels, IGNORE)
     if labels.shape[1] > shift:
@@ -22,5 +22,5 @@ def shifted_targets(labels: torch.Tensor, shift: int, position_ids: torch.Tensor
 
 
 def count_rows(targets: torch.Tensor) -> torch.Tensor:
-    """Number of rows in `targets`, as an int64 scalar: a float (let alone bf16) could not count them exactly."""
+    """The number of rows in `targets`, as an int64 scalar: fp32 (let alone bf16) could not count them exactly."""
     return targets.ne(IGNORE).sum()

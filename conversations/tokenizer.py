@@ -1,4 +1,4 @@
-"""Loading a tokenizer that can say which tokens are the assistant's."""
+"""Loads a tokenizer that can tell which tokens are the assistant's."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from common.errors import ACCESS, BadInput, first_line
 
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):
-    """A fast tokenizer with a chat template, which is read from the file `chat_template` if given."""
+    """A fast tokenizer with a chat template: its own, or that of the file `chat_template`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError) as error:

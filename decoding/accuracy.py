@@ -1,10 +1,10 @@
-"""How often is head k right? The rank of the right token among a head's guesses, counted on two texts.
+"""How often is head k right? Counts the rank of the right token among a head's guesses, on two texts:
 
-reference text   the answers of conversations that somebody wrote
-own text         what the backbone itself answers, greedily, to the same questions
+reference text   the answers in given conversations
+own text         the backbone's own greedy answers to the same questions
 
-A rank is 0 for a head's best guess; TOP stands for all ranks from TOP on, NO_TOKEN for a place where the text has no
-token for that head.
+Rank 0 is a head's best guess. TOP stands for all ranks from TOP on, NO_TOKEN for a row whose target is past the end of
+the text.
 """
 
 import torch
@@ -21,16 +21,16 @@ ROWS = 512  # rows whose logits exist at once: 512 x 128256 x 4 bytes = 0.26 GB
 
 
 def ranks(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Ranks `[R, n]` of n targets for each row, `[R, n]` with IGNORE where there is none. hidden `[R, H]`.
+    """hidden `[R, H]`, n targets per row `[R, n]` (IGNORE: none) -> their ranks `[R, n]`.
 
-    The logits of a row are computed once, however many targets it has.
+    The logits of a row are computed once for all its targets.
     """
     found = torch.empty_like(targets)
     for x, t, out in zip(hidden.split(ROWS), targets.split(ROWS), found.split(ROWS), strict=True):
         logits = logits_of(x)
         for i, target in enumerate(t.split(1, dim=1)):
             mine = logits.gather(1, target.clamp(min=0))
-            # bf16 logits tie; as argmax does, the lower token id of two comes first. Beside NaN nothing is right.
+            # bf16 logits tie: the lower token id then comes first, as in argmax. A NaN logit outranks every target.
             first = torch.arange(logits.shape[1], device=t.device) < target
             rank = (~(logits <= mine) | ((logits == mine) & first)).sum(1).clamp(max=TOP)
             out[:, i] = torch.where(target[:, 0] == IGNORE, NO_TOKEN, rank)
@@ -38,8 +38,8 @@ def ranks(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 def ranks_ahead(hidden: torch.Tensor, labels: torch.Tensor, logits_of, shifts: range) -> torch.Tensor:
-    """hidden `[B, T, H]`, labels `[B, T]` -> `[B, T, len(shifts)]`: at each place, the ranks under `logits_of` of the
-    labels that many places ahead; NO_TOKEN where there is none."""
+    """hidden `[B, T, H]`, labels `[B, T]` -> `[B, T, len(shifts)]`: for each position and shift, the rank under
+    `logits_of` of the label that many positions ahead, or NO_TOKEN."""
     targets = torch.stack([shifted_targets(labels, shift) for shift in shifts], dim=-1)
     found = torch.full_like(targets, NO_TOKEN)
     counts = (targets != IGNORE).any(-1)
@@ -48,9 +48,10 @@ def ranks_ahead(hidden: torch.Tensor, labels: torch.Tensor, logits_of, shifts: r
 
 
 def ranks_of_heads(model: MedusaModel, hidden: torch.Tensor, labels: torch.Tensor, before: bool = False):
-    """Ranks `[B, T, K+1]` of the label k + 1 places ahead under head k; head 0 is the lm_head.
+    """Ranks `[B, T, K+1]` of the label k + 1 positions ahead under head k; head 0 is the lm_head.
 
-    before: -> (these, the ranks `[B, T, K+1]` of the same labels under the lm_head: untrained heads are copies of it).
+    before=True returns a pair: these, and the ranks of the same labels under untrained heads, which are copies of the
+    lm_head.
     """
     shifts = range(1, len(model.medusa_heads) + 2)
     copies = ranks_ahead(
@@ -67,19 +68,19 @@ def ranks_of_heads(model: MedusaModel, hidden: torch.Tensor, labels: torch.Tenso
 def count(found: torch.Tensor) -> torch.Tensor:
     """Ranks `[..., heads]` -> int64 `[heads, TOP+1]`: how often each head has each rank."""
     counts = [torch.bincount(column + 1, minlength=TOP + 2) for column in found.flatten(0, -2).unbind(1)]
-    return torch.stack(counts)[:, 1:]  # without NO_TOKEN, which is -1
+    return torch.stack(counts)[:, 1:]  # column 0 counts NO_TOKEN, which is -1
 
 
 def shares(counts: torch.Tensor) -> list[list[float]]:
-    """Counts `[heads, TOP+1]` -> `[heads][TOP]`: the shares of rank <= 1..TOP."""
+    """Counts `[heads, TOP+1]` -> top-1 to top-TOP accuracy, `[heads][TOP]`."""
     counts = counts.double()
     return (counts.cumsum(1)[:, :TOP] / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
 
 
 @torch.inference_mode()
 def reference_text(model: MedusaModel, batches) -> dict:
-    """-> {"rows": [K+1], "top": [K+1][TOP], "before": [K+1][TOP]}, index = head; accuracies of rank <= 1..TOP.
-    `before`: of untrained heads."""
+    """-> {"rows": [K+1], "top": [K+1][TOP], "before": [K+1][TOP]}, index = head. `top` holds the top-1 to top-TOP
+    accuracies, `before` those of untrained heads."""
     device, heads = model.lm_head.weight.device, len(model.medusa_heads) + 1
     top, before = (torch.zeros(heads, TOP + 1, dtype=torch.int64, device=device) for _ in range(2))
     for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None):
@@ -90,21 +91,22 @@ def reference_text(model: MedusaModel, batches) -> dict:
 
 
 def by_length(sequences: list[list[int]]) -> list[int]:
-    """The order in which batches need little padding."""
+    """Indices, shortest first: batches in this order need little padding."""
     return sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
 
 
 @torch.inference_mode()
 def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_size: int) -> list[torch.Tensor]:
-    """One table `[n, K+1]` of ranks per prompt, n its answer's tokens: row t is read where the backbone chose token t,
-    and has the ranks of token t under the lm_head, t + 1 under head 1, ...
+    """One table `[n, K+1]` of ranks for each answer of n tokens. Row t belongs to the position where the backbone
+    chose token t: the rank of token t under the lm_head, of token t + 1 under head 1, ...
 
-    Heads would see the answer's first tokens from rows before, in the prompt, too; but no pass stands there.
+    Heads also guess the answer's first tokens from the prompt. Those rows do not count: no pass starts there.
     """
     device = model.lm_head.weight.device
     both = list(zip(prompts, answers, strict=True))
     rows = [{"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer} for prompt, answer in both]
-    order, tables = by_length([row["input_ids"] for row in rows]), [None] * len(rows)
+    order = by_length([row["input_ids"] for row in rows])
+    tables: dict[int, torch.Tensor] = {}
     for start in tqdm(range(0, len(rows), batch_size), desc="reading answers", unit="batch", disable=None):
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen])
@@ -112,20 +114,20 @@ def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_siz
         found = ranks_of_heads(model, hidden, batch["labels"].to(device)).cpu()
         for i, table in zip(chosen, found, strict=True):
             tables[i] = table[len(prompts[i]) - 1 :][: len(answers[i])]
-    return tables
+    return [tables[i] for i in range(len(rows))]
 
 
 def own_text(model: MedusaModel, prompts, eos: set[int], max_new_tokens: int, collate, batch_size: int) -> dict:
-    """`rows` and `top` as of `reference_text`, but on the backbone's own answers, and tokens per pass of trees
-    (`acceptance`). Trees are chosen on the first half of the prompts and measured on the other half."""
-    order, answers = by_length(prompts), [None] * len(prompts)
+    """`rows` and `top` as in `reference_text`, but on the backbone's own answers, and the trees' `acceptance`. Trees
+    are built from the first half of the prompts and measured on the second."""
+    order = by_length(prompts)
     found = answer_all(model, [prompts[i] for i in order], max_new_tokens, batch_size, eos)
     bar = tqdm(found, total=len(prompts), desc="answering", unit="prompt", disable=None)
-    for i, answer in zip(order, bar, strict=True):
-        answers[i] = answer
-    tables = own_ranks(model, prompts, answers, collate, batch_size)
-    half = len(tables) // 2  # no tree is judged on the text it was chosen for
-    counts, choose = count(torch.cat(tables)), count(torch.cat(tables[: half or None]))
+    answers = dict(zip(order, bar, strict=True))
+    tables = own_ranks(model, prompts, [answers[i] for i in range(len(prompts))], collate, batch_size)
+    half = len(tables) // 2
+    counts = count(torch.cat(tables))
+    choose = count(torch.cat(tables[: half or None]))  # a single prompt serves as both halves
     texts = [[right_path(row) for row in table[:-1, 1:].tolist()] for table in tables[half:]]
     return {
         "conversations": len(tables),

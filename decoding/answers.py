@@ -1,4 +1,4 @@
-"""Answers to a list of prompts, batch by batch, and what they took."""
+"""Decodes a list of prompts, batch by batch, and counts tokens, passes and seconds."""
 
 import time
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from medusa_model import MedusaModel
 
 @dataclass
 class Decoded:
-    """Answers and what they took. seconds and passes are counted after the prefill, which yields the first token."""
+    """Answers, with the passes and seconds they took. Neither counts the prefill, which yields the first token."""
 
     name: str
     answers: list[list[int]] = field(default_factory=list)
-    pieces: list[list[int]] = field(default_factory=list)  # tokens that each pass added to each answer
+    pieces: list[list[int]] = field(default_factory=list)  # per answer: how many tokens each pass added
     seconds: float = 0.0
 
     def figures(self) -> dict:
-        """tokens and passes are without the prefill's; a pass over a batch is one pass for each row it advanced."""
+        """Without the prefill and its tokens. A pass over a batch counts once for each row that it advanced."""
         tokens, passes = sum(map(sum, self.pieces)), sum(map(len, self.pieces))
         return {
             "tokens": tokens,
@@ -30,12 +30,13 @@ class Decoded:
 
 
 def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: str, show=None) -> Decoded:
-    """All prompts, batch by batch. show(tokens) gets what a pass adds to an answer, then None."""
+    """Decodes all prompts. `show` gets the tokens that each pass adds, and None at the end of a batch."""
     out, batch_size = Decoded(name), len(decoder.tokens)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        answers, pieces = [[] for _ in batch], [[] for _ in batch]
-        clock = None
+        answers: list[list[int]] = [[] for _ in batch]
+        pieces: list[list[int]] = [[] for _ in batch]
+        clock = None  # starts after the prefill
         for new in decoder.run(batch, max_new_tokens, eos):
             for row, tokens in enumerate(new):
                 answers[row] += tokens
@@ -44,6 +45,7 @@ def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: 
                 if show and tokens:
                     show(tokens)
             clock = clock or time.perf_counter()
+        assert clock is not None
         out.seconds += time.perf_counter() - clock
         if show:
             show(None)
@@ -60,15 +62,15 @@ def answer_all(
     eos: set[int],
     temperature: float = 0.0,
 ) -> Iterator[list[int]]:
-    """Plain decoding, batch by batch, of all prompts in one cache as long as the longest: yields each one's new
-    tokens, in order, an EOS included if it was reached. Heads are not used."""
+    """Plain decoding of all prompts, without heads: yields the new tokens of each, in order, with the EOS if there is
+    one. All batches share one decoder, whose cache fits the longest prompt."""
     if not prompts:
         return
     longest = max(map(len, prompts)) + max_new_tokens
     decoder = Decoder(model, [], min(batch_size, len(prompts)), longest, Sampling(temperature))
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        answers = [[] for _ in batch]
+        answers: list[list[int]] = [[] for _ in batch]
         for new in decoder.run(batch, max_new_tokens, eos):
             for answer, tokens in zip(answers, new, strict=True):
                 answer += tokens

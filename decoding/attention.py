@@ -1,6 +1,7 @@
-"""What decoding puts into transformers' model: attention over a tree, a cache that can be tidied up, fast products."""
+"""What decoding puts into a transformers model: attention over a draft tree, a cache for it, fast products."""
 
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,27 +20,29 @@ ATTENTION = "medusa_tree"
 def attend(module, query, key, value, attention_mask, scaling, softcap=None, sliding_window=None, **kwargs):
     """Attention of a pass: query `[B, H, n, D]`, key and value `[B, H_kv, S, D]` (the whole cache) -> `[B, n, H, D]`.
 
-    attention_mask: `[B, 1, n, S']` bool, S' <= S: keys behind its end are not read. The query heads that share keys
-    become rows of one product, so that keys are read once and never repeated. Instead of a mask, `tree` (length,
-    ancestors, depth): the same as a Triton kernel.
-    With neither it is a prefill: causal, through torch's own kernels. Raises BadInput for attention sinks.
+    With `tree` (length, ancestors, depth): a Triton kernel.
+    With attention_mask `[B, 1, n, S']` bool: the same in torch; reads the first S' keys. The query heads that share
+        keys become rows of one product, so keys are read once and never repeated. A sliding window also needs
+        `distance` `[B, n, S']`, in tokens, from each key to each node.
+    With neither: the prefill, causal, by torch's own kernels where they can.
+    Raises BadInput for attention sinks.
     """
     if kwargs.get("s_aux") is not None:
         raise BadInput("this backbone has attention sinks, and decoding does not know them: its text would be wrong")
     batch, heads, length, size = query.shape
     if "tree" in kwargs:
-        return tree_attention(query, key, value, *kwargs["tree"], scaling, softcap, sliding_window), None
+        filled, ancestors, depth = kwargs["tree"]
+        return tree_attention(query, key, value, filled, ancestors, depth, scaling, softcap, sliding_window), None
     if attention_mask is None:
         if softcap is None and (sliding_window is None or length <= sliding_window):
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-        place = torch.arange(length, device=query.device)
-        distance = place[:, None] - place
-        attention_mask, distance = (distance >= 0)[None, None], distance[None]
+        position = torch.arange(length, device=query.device)
+        kwargs["distance"] = (position[:, None] - position)[None]
+        attention_mask = (kwargs["distance"] >= 0)[:, None]
     else:
-        distance = kwargs.get("distance")
         key, value = (states[:, :, : attention_mask.shape[-1]] for states in (key, value))
     if sliding_window is not None:
-        attention_mask = attention_mask & (distance < sliding_window)[:, None]
+        attention_mask = attention_mask & (kwargs["distance"] < sliding_window)[:, None]
     groups = heads // key.shape[1]
     scores = query.reshape(batch, -1, groups * length, size) @ key.mT * scaling
     if softcap is not None:
@@ -55,15 +58,16 @@ AttentionInterface.register(ATTENTION, attend)
 
 @contextmanager
 def decoding(model: MedusaModel, products: list[Products]):
-    """Puts `attend`, which knows nothing of padding masks, and the products of `sharing` into the backbone, and takes
-    them out again."""
+    """Puts `attend` and the products of `sharing` into the backbone, and takes them out at the end: `attend` ignores
+    padding masks, so nothing else may run with it."""
     attention = model.backbone.config._attn_implementation
     if attention == ATTENTION:
         raise RuntimeError("a decoder of this model has not ended yet: exhaust or close its run() first")
     model.backbone.set_attn_implementation(ATTENTION)
     for together in products:
         for layer in together.layers:
-            layer.__class__, layer.products = FewRowsLinear, together
+            layer.__class__ = FewRowsLinear
+            cast(FewRowsLinear, layer).products = together
     try:
         yield
     finally:
@@ -75,17 +79,18 @@ def decoding(model: MedusaModel, products: list[Products]):
 
 
 class TreeCache(Cache):
-    """Keys and values of all layers in one tensor `[layers, 2, B, H_kv, S, D]`, so that moving the accepted ones is
-    one operation. Each row of the batch has a length of its own, `[B, 1]`, behind which a pass writes; None: prefill.
+    """Keys and values of all layers in one tensor `[layers, 2, B, H_kv, S, D]`, so that one operation moves those of
+    the accepted guesses. `length` `[B, 1]` is how many tokens each row holds; a pass writes after them. None: prefill.
     """
 
     def __init__(self, num_layers: int, max_length: int, kernels: bool):
         super().__init__(layers=[])
         self.num_layers, self.max_length, self.kernels = num_layers, max_length, kernels
-        self.states = self.length = None
+        self.states: torch.Tensor | None = None
+        self.length: torch.Tensor | None = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Writes `[B, H_kv, n, D]` and returns the whole cache; in a prefill what it was given."""
+        """Writes `[B, H_kv, n, D]`. Returns the layer's whole cache, or in a prefill what it was given."""
         batch, heads, count, size = key_states.shape
         if self.states is None:
             self.states = key_states.new_zeros(self.num_layers, 2, batch, heads, self.max_length, size)
@@ -103,8 +108,9 @@ class TreeCache(Cache):
         return keys, values
 
     def move(self, source: torch.Tensor, target: torch.Tensor):
-        """Copies what is at the places source `[B, m]` to target `[B, m]`, in all layers."""
-        bits = self.states.view(torch.int16)  # to scatter bf16 on a CPU, torch 2.13 copies all of it, twice
+        """Copies positions source `[B, m]` to positions target `[B, m]`, in all layers."""
+        assert self.states is not None
+        bits = self.states.view(torch.int16)  # torch 2.13 on a CPU would copy a bf16 tensor twice to scatter into it
         shape = [*bits.shape[:4], source.shape[1], bits.shape[5]]
         source, target = (places[None, None, :, None, :, None].expand(shape) for places in (source, target))
         bits.scatter_(4, target, bits.gather(4, source))

@@ -1,4 +1,4 @@
-"""Plain decoding beside decoding with heads: what was gained, and both texts side by side."""
+"""Compares plain decoding with decoding with heads: the speed-up, and both texts side by side."""
 
 import shutil
 import textwrap
@@ -11,7 +11,7 @@ from decoding.answers import Decoded
 
 
 def token_texts(tokens: list[int], tokenizer) -> list[str]:
-    """What each token adds to the text; a letter of several tokens comes with the last of them."""
+    """What each token adds to the text. A character made of several tokens appears with the last of them."""
     texts, shown = [], ""
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
@@ -23,7 +23,7 @@ def token_texts(tokens: list[int], tokenizer) -> list[str]:
 
 
 def pieces_of(answer: list[int], lengths: list[int], tokenizer, mark: str) -> str:
-    """An answer's text with a mark between what different passes yielded."""
+    """An answer's text, with a mark between passes."""
     texts = iter(token_texts(answer, tokenizer))
     return mark.join("".join(islice(texts, length)) for length in (1, *lengths))
 
@@ -39,7 +39,7 @@ def side_by_side(left: str, right: str, width: int) -> str:
 
 
 def compare(plain: Decoded, heads: Decoded, tokenizer, dtype: torch.dtype, greedy: bool) -> tuple[str, dict]:
-    """What the heads gained, for the terminal and as figures."""
+    """-> (a report for the terminal, its figures)."""
     rows = [{"decoding": one.name} | one.figures() for one in (plain, heads)]
     speed_up = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"] if rows[0]["tokens_per_s"] else 1.0
     same = [a == b for a, b in zip(plain.answers, heads.answers, strict=True)]

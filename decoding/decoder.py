@@ -4,16 +4,19 @@
     for new_tokens in decoder.run([prompt_ids], max_new_tokens=256, eos={2}):
         ...
 
-Each pass: the root (a token the backbone has chosen) and the tree's guesses go through the backbone at once, each
-seeing the text so far and its own ancestors; the deepest guess whose way from the root is right is accepted, with the
-backbone's own token after it; its keys and values move to where they belong; the heads at that place guess anew.
-All of it has a fixed shape and happens on the device, so on a GPU a pass is one CUDA graph. Without a tree it is plain
-decoding by the same code.
+A pass:
+1. The root, a token that the backbone has chosen, and the guesses of the draft tree go through the backbone at once.
+   Each attends to the text so far and to its own ancestors.
+2. A guess is right if the backbone chooses it after its parent. The deepest guess that is right with all its ancestors
+   is accepted with them. The backbone's own token after it is the next root.
+3. Keys and values of the accepted guesses move to their positions in the text. The heads guess again from there.
+
+Shapes are fixed and nothing leaves the device: on a GPU a pass is one CUDA graph. An empty tree is plain decoding.
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import count
 from typing import NamedTuple
 
@@ -21,7 +24,7 @@ import torch
 
 from common.errors import BadInput
 from decoding.attention import TreeCache, decoding
-from decoding.products import AllHeads, sharing
+from decoding.products import AllHeads, Products, sharing
 from decoding.tree import Choices, Layout, check, layout
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
@@ -31,12 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class Sampling(NamedTuple):
-    """How the backbone chooses a token. temperature 0: the most likely. Otherwise it draws from
-    softmax(logits / temperature), and a guess is accepted if it is the token drawn: the distribution is exactly that
-    of plain sampling. typical: a guess is accepted if its probability exceeds min(epsilon, delta * exp(-entropy)),
-    and the token after the last accepted one is drawn from those that would be (paper, section 2.3.1): more guesses
-    pass, and the distribution is another one. With delta below 1 there is always one: the likeliest token has a
-    probability of exp(-entropy) or more."""
+    """How the backbone chooses a token.
+
+    temperature 0: the most likely one. Otherwise it draws from softmax(logits / temperature), and a guess is accepted
+        if it is the token drawn: the text has exactly the distribution of plain sampling.
+    typical: a guess is accepted if its probability exceeds min(epsilon, delta * exp(-entropy)). The token after the
+        last accepted guess is drawn from those above that bound (paper, section 2.3.1). More guesses pass, and the
+        distribution changes. With delta < 1 some token always passes: the likeliest has at least exp(-entropy).
+    """
 
     temperature: float = 0.0
     typical: bool = False
@@ -50,9 +55,8 @@ GREEDY = Sampling()
 class Decoder:
     """Decodes up to batch_size prompts at once with one tree.
 
-    max_length: prompt and new tokens of a row together. graph: on a GPU, capture a pass as a CUDA graph. Raises
-    BadInput if the tree is deeper than the heads or has more ranks than there are tokens, or if max_length exceeds the
-    backbone's context.
+    max_length: prompt plus new tokens of a row. graph: on a GPU, capture a pass as a CUDA graph. Raises BadInput for a
+    tree deeper than the heads, a rank outside the vocabulary, or a max_length beyond the backbone's context.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Decoder:
         self.choices = check(choices, len(model.medusa_heads))
         device = self.device = model.lm_head.weight.device
         self.tree = Layout(*(tensor.to(device) for tensor in layout(self.choices)))
-        self.nodes, self.most = len(self.tree.depth), self.tree.path.shape[1]  # tokens a pass checks, and yields
+        self.nodes, self.most = len(self.tree.depth), self.tree.path.shape[1]  # tokens a pass checks; can yield
         config = model.backbone.config.get_text_config()
         self.max_length, self.context = max_length, context_length(model.backbone)
         if max_length > self.context:
@@ -76,20 +80,21 @@ class Decoder:
                 f"{max_length} tokens (prompt and answer) do not fit into the context of the backbone, "
                 f"{self.context} tokens: shorten the prompt or lower --max_new_tokens"
             )
-        # A pass writes all its nodes behind the text; a row that has ended may go on for one pass (see `passes`).
+        # A pass writes all its nodes after the text; a row that has ended may run one pass more (see `passes`).
         places = -(-(max_length + self.nodes + 2 * self.most) // 64) * 64
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernels = device.type == "cuda" and size >= 16 and size & (size - 1) == 0  # what `tree_attention` can do
         self.cache = TreeCache(config.num_hidden_layers, places, self.kernels)
         heads = self.heads = model.medusa_heads[: self.most - 1]  # those that the tree uses
-        self.products, self.all_heads = [], None
+        self.products: list[Products] = []
+        self.all_heads: AllHeads | None = None
         if device.type == "cuda":
-            model.choose_kernels(use_liger=True, device=device)  # norms, RoPE and SwiGLU are a kernel each
+            model.choose_kernels(use_liger=True, device=device)  # norms, RoPE and SwiGLU become one kernel each
             self.products = sharing(model.backbone)
-            if batch_size == 1 and len(heads) and heads[0][-1].weight.dtype == model.lm_head.weight.dtype:
+            if batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
                 self.all_heads = AllHeads(heads)
         self.places = torch.arange(places, device=device)
-        # What a pass reads and leaves: fixed memory, so that a CUDA graph can replay it.
+        # What a pass reads and writes: always the same memory, so that a CUDA graph can replay it.
         self.tokens = torch.zeros(batch_size, self.nodes, dtype=torch.int64, device=device)  # root and guesses
         self.length = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # tokens in the cache
         self.active = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
@@ -99,18 +104,18 @@ class Decoder:
             raise BadInput(
                 f"the tree has rank {self.ranks - 1}, but there are {config.vocab_size} tokens: leave it out"
             )
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.use_graph = graph and device.type == "cuda"
         if self.use_graph and rope_follows_length(config):
             logger.warning("RoPE that changes with the text's length: no CUDA graph, so a pass takes longer")
             self.use_graph = False
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
-        """Reads the prompts, at most batch_size of them, and returns the backbone's next token of each."""
+        """Reads the prompts, at most batch_size of them, and returns the backbone's next token for each."""
         batch = len(self.tokens)
         prompts = prompts + [[0]] * (batch - len(prompts))
         lengths = torch.tensor([[len(prompt)] for prompt in prompts])
-        # Padding goes on the right: causal attention never sees it, and the first pass overwrites it.
+        # Padding goes on the right: causal attention never sees it, and passes overwrite it before they read there.
         ids = torch.zeros(batch, int(lengths.max()), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -133,7 +138,7 @@ class Decoder:
         return cap(self.model.lm_head(hidden), self.model.softcap)
 
     def guess(self, hidden: torch.Tensor):
-        """Fills the tree from the heads' best tokens at hidden `[B, H]`, where the root was chosen."""
+        """Fills the tree with the heads' best tokens. hidden `[B, H]`: from where the root was chosen."""
         if self.ranks:
             logits = (
                 self.all_heads(hidden) if self.all_heads else torch.stack([head(hidden) for head in self.heads], 1)
@@ -142,8 +147,8 @@ class Decoder:
             self.tokens[:, 1:] = best[:, self.tree.depth[1:] - 1, self.tree.rank[1:]]
 
     def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logits `[B, n, V]` -> the token the backbone puts behind each node `[B, n]`, and, for typical acceptance,
-        log-probabilities `[B, n, V]`, -inf where a token would not be accepted."""
+        """logits `[B, n, V]` -> the backbone's token after each node `[B, n]`. For typical acceptance also
+        log-probabilities `[B, n, V]`, -inf for tokens that would not be accepted."""
         if self.sampling.temperature == 0:
             return logits.argmax(-1), None
         logp = (logits.float() / self.sampling.temperature).log_softmax(-1)
@@ -155,13 +160,12 @@ class Decoder:
         return (logp + noise).argmax(-1), logp if self.sampling.typical else None
 
     def step(self):
-        """One pass: reads `tokens` and `length`, advances both, leaves in `out` how many tokens each row got and
-        which."""
+        """One pass: advances `tokens` and `length`; `out` gets each row's count of new tokens, then the tokens."""
         tree, batch = self.tree, len(self.tokens)
         self.cache.length = self.length
         hidden = self.model.backbone.get_decoder()(
             input_ids=self.tokens,
-            # Guesses may stand behind the context's end; what is accepted never does.
+            # Guesses may reach past the end of the context; no token that `run` yields does.
             position_ids=(self.length + tree.depth).clamp(max=self.context - 1),
             past_key_values=self.cache,
             use_cache=True,
@@ -176,13 +180,13 @@ class Decoder:
         right[:, 0] = True  # the root
         accepted = ~(~right[:, None] & tree.ancestors).any(2)
         depth = torch.where(accepted, tree.depth, -1)
-        if logp is not None:  # several guesses of one depth can be typical: the most likely way is taken
+        if logp is not None:  # several guesses of one depth can be typical: the likeliest path is taken
             likely[:, 0] = 0
             total = torch.where(tree.ancestors, likely[:, None], 0).sum(2)
             depth = total.masked_fill(depth < depth.amax(1, keepdim=True), -torch.inf)
         best = depth.argmax(1, keepdim=True)  # [B, 1]
         way, root, guessed = tree.path[best[:, 0]], chosen.gather(1, best), tree.depth[best]
-        new = self.tokens.gather(1, way).roll(-1, 1)  # the accepted guesses, and behind them the backbone's token
+        new = self.tokens.gather(1, way).roll(-1, 1)  # the accepted guesses; the backbone's token goes after them
         self.out[:, 1:] = new.scatter(1, guessed, root)
         self.out[:, :1] = guessed + 1
         self.cache.move(self.length + way, self.length + torch.arange(self.most, device=self.device))
@@ -191,29 +195,29 @@ class Decoder:
         self.guess(hidden[torch.arange(batch, device=self.device), best[:, 0]])
 
     def view(self) -> dict:
-        """What each node may attend to, as `attend` wants it: the text, and in the tree itself and its ancestors."""
+        """What each node may attend to, as `attend` takes it: the text, the node's ancestors and the node itself."""
         tree = self.tree
         if self.kernels:
             return {"attention_mask": None, "tree": (self.length, tree.ancestors, tree.depth)}
-        # On a CPU only the filled part of the cache is read. On a GPU the host does not know how much that is.
+        # A CPU reads only the filled part of the cache. With a GPU the host does not know how long that is.
         filled = int(self.length.max()) + self.nodes if self.device.type == "cpu" else None
-        behind = self.places[:filled] - self.length  # [B, S]: 0 is the root's place
+        behind = self.places[:filled] - self.length  # [B, S]: 0 at the root, below 0 in the text
         node = behind.clamp(0, self.nodes - 1)
         mine = tree.ancestors[:, node].transpose(0, 1) & ((behind >= 0) & (behind < self.nodes))[:, None]
         mask = (behind < 0)[:, None] | mine  # [B, n, S]
-        # How far each node is from each place, for backbones with a sliding window.
+        # How many tokens each node is after each position, for backbones with a sliding window.
         distance = tree.depth[:, None] - torch.where(behind < 0, behind, tree.depth[node])[:, None]
         return {"attention_mask": mask[:, None], "distance": distance}
 
     def capture(self):
-        """Records `step` as a CUDA graph. What it does meanwhile is undone: the cache behind `length` is nobody's."""
-        with torch.random.fork_rng([self.device]):  # nor does it use up random numbers
+        """Records `step` as a CUDA graph. Undoes its passes, but for the cache past `length`, which nothing reads."""
+        with torch.random.fork_rng([self.device]):
             state = self.tokens.clone(), self.length.clone()
             self.active.zero_()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(2):  # cuBLAS and Triton set themselves up
+                for _ in range(2):  # cuBLAS and Triton set up in their first calls
                     self.step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
@@ -223,9 +227,8 @@ class Decoder:
                 tensor.copy_(value)
 
     def passes(self) -> Iterator[list[list[int]]]:
-        """Yields `out` of one pass after the other, without end. On a GPU the next pass runs already while one is
-        looked at: all it needs is there."""
-        while not self.graph:
+        """Yields `out` of each pass, without end. On a GPU the next one already runs: it needs no input."""
+        while self.graph is None:
             self.step()
             yield self.out.tolist()
         landed = [torch.empty_like(self.out, device="cpu", pin_memory=True) for _ in range(2)]
@@ -240,16 +243,16 @@ class Decoder:
 
     @torch.inference_mode()
     def run(
-        self, prompts: list[list[int]], max_new_tokens: int, eos: set[int] = frozenset()
+        self, prompts: list[list[int]], max_new_tokens: int, eos: Set[int] = frozenset()
     ) -> Iterator[list[list[int]]]:
-        """Yields what each pass adds to each row, first the prefill (one token each), until every row has an EOS,
-        max_new_tokens tokens, or no more room. A row that has ended gets nothing. Raises BadInput for a prompt that
-        leaves no room."""
+        """Yields the tokens that each pass adds to each row; the first item is the prefill's, one token per row. A row
+        ends at an EOS, at max_new_tokens or at max_length, and gets empty lists until all rows have ended. Raises
+        BadInput for a prompt that leaves no room."""
         check_room(prompts, self.max_length)
         room = [min(max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
 
         def cut(row: int, tokens: list[int]) -> list[int]:
-            """What counts of new tokens: nothing behind an EOS or the room. Ends the row there."""
+            """The new tokens up to an EOS or the end of the room. Ends the row there."""
             tokens = tokens[: room[row]]
             end = next((i + 1 for i, token in enumerate(tokens) if token in eos), None)
             room[row] = 0 if end else room[row] - len(tokens)
@@ -270,12 +273,12 @@ class Decoder:
 
     @torch.inference_mode()
     def step_ms(self, prompt: list[int], passes: int) -> float:
-        """Mean time of one pass in ms, with the prompt in the cache of every row."""
+        """Mean time of a pass in ms, with the prompt in the cache of every row."""
         with decoding(self.model, self.products):
             self.prefill([prompt] * len(self.tokens))
             if self.use_graph and self.graph is None:
                 self.capture()
-            self.active.zero_()  # the length stays
+            self.active.zero_()  # so `length` stays as it is
             done = self.passes()
             next(done)
             start = time.perf_counter()
@@ -285,7 +288,7 @@ class Decoder:
 
 
 def check_room(prompts: list[list[int]], context: int):
-    """Raises BadInput if a prompt leaves no room for an answer, and names the first."""
+    """Raises BadInput, with its number, for the first prompt that leaves no room for an answer."""
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise BadInput(f"prompt {number} is empty: write something")

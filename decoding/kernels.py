@@ -1,9 +1,9 @@
-"""Triton kernels for the attention of a pass, which has few rows and takes as long as reading weights and cache.
+"""Triton kernels for the attention of a pass. A pass has few rows, so it takes as long as reading weights and cache.
 
-`tree_attention` is the attention of a pass over a tree of guesses, one kernel (and a small one) instead of nine.
-`write` puts a pass's keys and values into the cache. The products are in decode_products.py.
+`tree_attention` is attention over a draft tree in one kernel, and a small second one, instead of nine. `write` puts
+the keys and values of a pass into the cache. The matrix products are in decoding/products.py.
 
-Forward only. Grids and splits follow from the shapes of the arguments, never from values on the device, so that a CUDA
+Forward only. Grids and splits depend on the shapes of the arguments, never on values on the device, so that a CUDA
 graph can hold them.
 """
 
@@ -14,21 +14,21 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # where tl.dot takes bf16 for integers
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # its tl.dot mistakes bf16 for integers
 
 
 @triton.jit
 def dot(a, b, total):
-    """a @ b + total. Numbers of fp32 are not rounded to the 10 bits of tf32."""
+    """a @ b + total. fp32 is not rounded to the 10 bits of tf32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 class AttentionConfig(NamedTuple):
-    rows: int  # of a program: query heads x nodes
-    keys: int  # a step of a program
-    splits: int  # programs that share the keys
+    rows: int  # of queries in a program, out of query heads x nodes
+    keys: int  # that a program reads in one step
+    splits: int  # how many programs share the keys
     warps: int
     stages: int
 
@@ -36,11 +36,11 @@ class AttentionConfig(NamedTuple):
 def attention_config(
     programs: int, rows: int, places: int, key: torch.Tensor, processors: int, shared: int
 ) -> AttentionConfig:
-    """programs: batch x key heads; rows: that share their keys; places: in the cache; key `[D]`: one of them; shared:
-    bytes of a multiprocessor's memory.
+    """programs: batch x key heads. rows: of queries that share a key head. places: positions in the cache. key `[D]`:
+    one of its keys. processors: multiprocessors of the GPU. shared: bytes of shared memory in each.
 
-    The best of those tried on an H100 with D = 64 and 128, 400 to 7,800 tokens in the cache, and 1 to 64 nodes: small
-    blocks, unless so many rows share long keys that reading them again for each block would cost more.
+    The best of those tried on an H100 with D = 64 and 128, 400 to 7,800 tokens in the cache, and 1 to 64 nodes. Blocks
+    are small, unless many rows share many keys: each block reads the keys anew, and that would cost more.
     """
     block, keys, warps, stages = 16, min(len(key), 2**15 // key.nbytes), 4, 3
     if rows > 64 and places * key.nbytes > 2**20 and key.dtype.itemsize == 2:
@@ -48,7 +48,7 @@ def attention_config(
     while keys > 16 and (stages * 2 * keys + block) * key.nbytes > shared:
         stages, keys = 2, keys if stages > 2 else keys // 2
     programs *= triton.cdiv(rows, block)
-    splits = max(1, min(processors // programs, triton.cdiv(places, keys), 16))  # each multiprocessor has one
+    splits = max(1, min(processors // programs, triton.cdiv(places, keys), 16))  # one program a multiprocessor
     return AttentionConfig(block, keys, splits, warps, stages)
 
 
@@ -59,7 +59,7 @@ def _attend(
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Program (row block, split, batch x key head). Row r is node r % nodes of the r // nodes-th of GROUPS heads."""
+    """Program (row block, split, batch x key head). Row r is node r % nodes in query head r // nodes of GROUPS."""
     split, splits = tl.program_id(1), tl.num_programs(1)
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), tl.program_id(2) % kv_heads
     row, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
@@ -76,7 +76,7 @@ def _attend(
     begin = 0 if WINDOW is None else tl.maximum(length - WINDOW + 1, 0)  # the root sees farthest back
     share = tl.cdiv(tl.cdiv(end - begin, KEYS), splits) * KEYS
     begin += split * share
-    best = tl.full([ROWS], float("-inf"), tl.float32)  # so far, as a power of 2: of each row's scores
+    best = tl.full([ROWS], float("-inf"), tl.float32)  # each row's highest score so far, as a power of 2
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, SIZE], tl.float32)
     for start in range(begin, tl.minimum(begin + share, end), KEYS):
@@ -98,7 +98,7 @@ def _attend(
                 seen &= depth[:, None] - tl.load(depth_ptr + behind, mask=new, other=0)[None, :] < WINDOW
             scores = tl.where(seen | (behind < 0)[None, :], scores, float("-inf"))
         better = tl.maximum(best, tl.max(scores, 1))
-        shift = tl.where(better == float("-inf"), 0.0, better)  # a row may see nothing of a split
+        shift = tl.where(better == float("-inf"), 0.0, better)  # a row may see no key of a split
         decay = tl.exp2(best - shift)
         scores = tl.exp2(scores - shift[:, None])
         v = tl.load(v_ptr + place[:, None] * v_s + d[None, :], mask=there[:, None], other=0.0)
@@ -117,12 +117,12 @@ def _attend(
 
 @triton.jit
 def _combine(partial_ptr, lse_ptr, out_ptr, splits, SIZE: tl.constexpr, SPLITS: tl.constexpr):
-    """One row's partial results, each a softmax over some of the keys, to one. SPLITS: the next power of 2."""
+    """Program (row): merges its partial results, each a softmax over one split. SPLITS: splits, to a power of 2."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     split, d = tl.arange(0, SPLITS), tl.arange(0, SIZE)
     lse = tl.load(lse_ptr + split * rows + row, mask=split < splits, other=float("-inf"))
     share = tl.exp2(lse - tl.max(lse, 0))
-    there = (lse > float("-inf"))[:, None]  # nothing was written where a row saw nothing
+    there = (lse > float("-inf"))[:, None]  # a row that saw no key of a split wrote nothing for it
     partial = tl.load(partial_ptr + (split * rows + row)[:, None] * SIZE + d[None, :], mask=there, other=0.0)
     tl.store(out_ptr + row * SIZE + d, tl.sum(partial * share[:, None], 0) / tl.sum(share, 0))
 
@@ -131,13 +131,13 @@ def tree_attention(
     query, keys, values, length, ancestors, depth, scaling: float, softcap: float | None = None,
     sliding_window: int | None = None, config: AttentionConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of n tree nodes: query `[B, H, n, D]`, keys and values `[B, H_kv, S, D]`, the whole cache, of which
-    `[:length]` is text and the n places behind it are the nodes' own -> `[B, n, H, D]`.
+    """Attention of the n nodes of a tree: query `[B, H, n, D]`, keys and values `[B, H_kv, S, D]` -> `[B, n, H, D]`.
 
-    length `[B, 1]` int64 on the device. A node sees the text and the nodes in its row of ancestors `[n, n]` bool
-    (itself among them), with a sliding window only what is less than that many tokens before it in the text it
-    continues, where it stands at length + depth `[n]`. Only the filled part of the cache is read, once for all nodes
-    and all the query heads that share it.
+    keys and values are the whole cache: the text in `[:length]`, the nodes in the n positions after it. length
+    `[B, 1]` is int64, on the device. A node attends to the text and to the nodes in its row of ancestors `[n, n]`
+    bool, itself among them. Its position in the text is length + depth `[n]`; with a sliding window it attends only to
+    what is less than that many tokens before it. Only the filled part of the cache is read, once for all nodes and all
+    query heads that share it.
     """
     batch, heads, nodes, size = query.shape
     kv_heads, places = keys.shape[1:3]
@@ -146,7 +146,7 @@ def tree_attention(
     groups = heads // kv_heads
     if config is None:
         chip = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
-        # Of a multiprocessor's memory 1 KB is the driver's.
+        # The driver takes 1 KB of each multiprocessor's shared memory.
         limits = (chip.multi_processor_count, chip.shared_memory_per_multiprocessor - 1024) if chip else (4, 2**17)
         config = attention_config(batch * kv_heads, groups * nodes, places, keys[0, 0, 0], *limits)
     out = query.new_empty(batch, nodes, heads, size)
@@ -179,8 +179,8 @@ def _write(
 
 
 def write(key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor):
-    """key and value `[B, H_kv, n, D]` -> places length .. length + n - 1 of keys and values `[B, H_kv, S, D]`, which
-    have the same strides."""
+    """Copies key and value `[B, H_kv, n, D]` to positions length .. length + n - 1 of keys and values
+    `[B, H_kv, S, D]`, whose strides are the same."""
     batch, kv_heads, nodes, size = key.shape
     _write[(nodes, batch * kv_heads)](
         key, value, keys, values, length, nodes, kv_heads, *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],

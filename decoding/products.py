@@ -1,11 +1,12 @@
-"""Products of few rows as Triton kernels: a pass of decoding should take as long as reading the weights.
+"""Triton kernels for matrix products of few rows: a decoding pass should take as long as reading the weights.
 
-Layers that read the same input (queries, keys and values; gate and up) are one launch, and so are the same layers of
-all heads. A kernel takes 2 us however small its weights are, and cuBLAS reads the 8 MB of an 8B model's keys in 8 us,
-where an H100's memory needs 3. One row is read faster than by cuBLAS too: the 15 GB of an 8B model in 5.4 ms, not 6.0.
-For several rows of large weights cuBLAS is as fast as any tile tried, and stays.
+Layers that read the same input (queries, keys and values; gate and up) share one launch, and so do the same layers of
+all heads. A kernel takes at least 2 us, however small its weights. For the 8 MB of key weights in a layer of an 8B
+model cuBLAS takes 8 us, where an H100's memory needs 3. For one row these kernels are faster than cuBLAS too: 5.4 ms
+instead of 6.0 for the 15 GB of an 8B model. For several rows of large weights cuBLAS is as fast as any tile tried, and
+stays.
 
-Forward only. Grids follow from shapes, never from values on the device, so that a CUDA graph can hold them.
+Forward only. Grids depend on shapes, never on values on the device, so that a CUDA graph can hold them.
 """
 
 from itertools import accumulate
@@ -17,23 +18,23 @@ from torch import nn
 
 from decoding.kernels import dot
 
-MOST_ROWS = 64  # of a product that several layers share
-MOST_BYTES = 2**26  # of their weights: larger ones are read as fast one by one
+MOST_ROWS = 64  # of x in a launch for several layers
+MOST_BYTES = 2**26  # of their weights: larger layers are as fast one by one
 
 
 @triton.jit
 def _layer(table_ptr, out_ptr, ALIGNED: tl.constexpr):
-    """A program's layer -> (weights, bias, outputs, where they begin in all layers' outputs). Addresses are int64."""
+    """A program's row of the table: weights, address of the bias, number of outputs, where they begin in `out`."""
     entry = table_ptr + 4 * tl.program_id(1)
     w_ptr = tl.load(entry).to(out_ptr.dtype)
-    if ALIGNED:  # else loads would be of two bytes
+    if ALIGNED:  # without this hint Triton loads two bytes at a time
         w_ptr = tl.multiple_of(w_ptr, 16)
     return w_ptr, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 
 @triton.jit
 def _bias(bias, out_ptr, n, N):
-    """Zeros for a layer without one."""
+    """A layer's bias, or zeros if it has none."""
     return tl.load(bias.to(out_ptr.dtype) + n, mask=(n < N) & (bias != 0), other=0.0).to(tl.float32)
 
 
@@ -42,8 +43,8 @@ def _one_row(
     x_ptr, x_layer, table_ptr, out_ptr, K,
     RESIDUAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, layer): BLOCK_N outputs of a layer. Each thread adds up its own inputs, all of them together at
-    the end. RESIDUAL: x + silu(W x + b)."""
+    """Program (block, layer): BLOCK_N outputs of a layer. Each thread sums over its own inputs; one reduction at the
+    end adds the threads up. RESIDUAL: x + silu(W x + b)."""
     w_ptr, bias, N, begin = _layer(table_ptr, out_ptr, ALIGNED)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptr += tl.program_id(1) * x_layer
@@ -51,7 +52,7 @@ def _one_row(
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.range(0, tl.where(tl.program_id(0) * BLOCK_N < N, K, 0), BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
-        # A weight is read once: it should not push x out of the cache.
+        # A weight is read only once, so it should not push x out of the GPU's cache.
         w = tl.load(
             w_ptr + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first"
         )
@@ -68,7 +69,7 @@ def _few_rows(
     x_ptr, table_ptr, out_ptr, M, K,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, layer): BLOCK_N outputs of each row of x `[M, K]`. A layer's outputs `[M, N]` lie together."""
+    """Program (block, layer): BLOCK_N outputs for each row of x `[M, K]`. A layer's outputs are `[M, N]` in memory."""
     w_ptr, bias, N, begin = _layer(table_ptr, out_ptr, ALIGNED)
     n, m = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, ROWS)
     w_ptr += n.to(tl.int64)[:, None] * K
@@ -84,8 +85,8 @@ def _few_rows(
 
 
 class Products:
-    """Layers `[..., K]` -> `[..., N]`, each with its N, that are computed by one launch. Their weights must stay where
-    they are."""
+    """Layers that one launch computes from the same x: `[..., K]` -> `[..., N]`, each with its own N. Keeps the
+    addresses of their weights, which must not move."""
 
     def __init__(self, layers: list[nn.Linear]):
         first = layers[0].weight
@@ -98,14 +99,16 @@ class Products:
         self.aligned = not any(weight % 16 for weight, _ in addresses) and first[0].nbytes % 16 == 0
         small = sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES
         self.most = MOST_ROWS if len(layers) > 1 and small and first.dtype.itemsize == 2 else 1
-        self.x, self.ready = None, {}
+        self.x: torch.Tensor | None = None
+        self.ready: dict[nn.Linear, torch.Tensor] = {}
 
     def take(self, x: torch.Tensor) -> bool:
+        """Whether these kernels are used for x."""
         fits = x.dtype == self.dtype and not torch.is_grad_enabled()
         return fits and 0 < x.numel() <= self.most * self.inputs
 
     def of(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """One layer's outputs; the others' are kept until they are asked for, with this very x."""
+        """One layer's outputs. Computes those of all layers and keeps the others for calls with this same x object."""
         if x is not self.x or layer not in self.ready:
             outs = self.outputs(x).split([x.numel() // self.inputs * size for size in self.sizes])
             shapes = ((*x.shape[:-1], size) for size in self.sizes)
@@ -117,7 +120,7 @@ class Products:
         return out
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """All layers' outputs of the same x `[..., K]`, one layer's behind the other's."""
+        """x `[..., K]` -> the outputs of all layers, one layer after the other in one flat tensor."""
         rows, x = x.numel() // self.inputs, x.contiguous()
         if rows == 1:
             return self.one_row(x)
@@ -131,10 +134,10 @@ class Products:
         return out
 
     def one_row(self, x: torch.Tensor, residual: bool = False) -> torch.Tensor:
-        """x `[K]`, contiguous, the same for all layers, or `[layers, K]` -> all layers' outputs, one behind the other.
+        """Contiguous x, `[K]` for all layers or `[layers, K]` -> the outputs of all layers, as in `outputs`.
         residual: x + silu(W x + b), a ResBlock."""
         out = x.new_empty(sum(self.sizes))
-        # Of the tiles tried on an H100 the best but for 3 %; of short rows, for a large vocabulary, more at once.
+        # Within 3 % of the best tiles tried on an H100. A large vocabulary with short rows needs more rows at once.
         block, step = (16, 256) if self.inputs <= 1024 and max(self.sizes) >= 2**15 else (4, 1024)
         _one_row[(triton.cdiv(max(self.sizes), block), len(self.layers))](
             x, 0 if x.numel() == self.inputs else self.inputs, self.table, out, self.inputs,
@@ -144,7 +147,7 @@ class Products:
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` whose class was changed for decoding: weights and names stay. It computes with `products`."""
+    """What `decoding.attention.decoding` turns an `nn.Linear` into: same weights and names, computed by `products`."""
 
     products: Products
 
@@ -153,7 +156,7 @@ class FewRowsLinear(nn.Linear):
 
 
 def sharing(module: nn.Module) -> list[Products]:
-    """All linear layers in a module, those that read the same input together."""
+    """All linear layers of a module; those that read the same input share a `Products`."""
     names = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     found = []
     for part in module.modules():
@@ -166,7 +169,7 @@ def sharing(module: nn.Module) -> list[Products]:
 
 
 class AllHeads:
-    """Logits of all heads for one hidden state `[1, H]` -> `[1, heads, V]`, in a launch for each layer of them."""
+    """Logits of all heads: hidden `[1, H]` -> `[1, heads, V]`. One launch computes the same layer of all heads."""
 
     def __init__(self, heads):
         *blocks, projections = zip(*heads, strict=True)

@@ -1,9 +1,9 @@
-"""Which guesses should one pass of the backbone check? Draft trees: found, read, written, and laid out as tensors.
+"""Draft trees, the guesses that one pass of the backbone checks: finding the best, files, and the layout as tensors.
 
 A tree is a list of rank paths, known as `medusa_choices`: `[0, 1]` is head 1's best token, then head 2's second best.
-The root, the token the backbone itself has just chosen, is not in the list: with a tree of N nodes one pass checks
-N + 1 tokens. It yields on average 1 + the sum, over the tree's paths, of the chance that the whole path is right: the
-expected acceptance length.
+The root, the token that the backbone itself has just chosen, is not in the list, so with a tree of N nodes one pass
+checks N + 1 tokens. The expected acceptance length is the number of tokens that a pass yields on average:
+1 + the sum, over the tree's paths, of the chance that the whole path is right.
 """
 
 import csv
@@ -23,19 +23,19 @@ from common.files import read_json, write_atomically
 logger = logging.getLogger(__name__)
 
 Choices = list[tuple[int, ...]]  # sorted by (length, path)
-Chance = Callable[[tuple[int, ...]], float]  # that all of a path is right; never more than its parent's
+Chance = Callable[[tuple[int, ...]], float]  # that the whole path is right; never more than its parent's
 
 
 def check(choices, num_heads: int | None = None, source: str = "the tree") -> Choices:
-    """A tree of unknown origin, in order; `[]`, plain decoding, is one too. Raises BadInput if it is no list of rank
-    paths, repeats a path, lacks a path's parent, or asks for more heads than there are."""
+    """Checks a tree from outside and sorts it. `[]`, plain decoding, is a tree too. Raises BadInput if it is no list
+    of rank paths, repeats a path, lacks a path's parent, or needs more heads than there are."""
     if not isinstance(choices, (list, tuple)):
         raise BadInput(f"{source} must be a list of paths such as [[0], [1], [0, 0]], not {str(choices)[:80]!r}")
     for i, path in enumerate(choices, start=1):
         if not (path and isinstance(path, (list, tuple)) and all(type(rank) is int and rank >= 0 for rank in path)):
             ranks_only = "must be a list of one or more ranks, whole numbers from 0, such as [0, 1]"
             raise BadInput(f"{source}: path {i} of {len(choices)} {ranks_only}, not {str(path)[:80]!r}")
-    tree = []
+    tree: Choices = []
     for path in sorted(sorted(map(tuple, choices)), key=len):
         problem, parent = None, path[:-1]
         if num_heads is not None and len(path) > num_heads:
@@ -51,7 +51,7 @@ def check(choices, num_heads: int | None = None, source: str = "the tree") -> Ch
 
 
 def read_choices(path, num_heads: int | None = None) -> Choices:
-    """A tree from a JSON file: the list of lists that the original Medusa and TensorRT-LLM take as medusa_choices."""
+    """Reads a JSON file with the list of lists that the original Medusa and TensorRT-LLM take as medusa_choices."""
     return check(read_json(path), num_heads, source=f"the tree {path}")
 
 
@@ -66,10 +66,11 @@ def chain(num_heads: int) -> Choices:
 
 def independent(top: list[list[float]]) -> Chance:
     """Chances if heads are right or wrong independently of each other, as in "Searching for the optimized tree
-    construction" of arXiv 2401.10774. top `[K+1][TOP]`: the shares of rank <= 1..TOP; row 0 is the lm_head's."""
-    # They are not, but with five heads for SmolLM2 trees from counts of whole paths yielded no more (2.27 tokens per
-    # pass against 2.25 with 32 nodes, 1.92 against 1.95 with 8). With 32 nodes those counts promised 12 % too much,
-    # these chances 3 %: a decoder does not stand at all places equally often, it jumps over the easy ones.
+    construction" of arXiv 2401.10774. top `[K+1][TOP]`: top-1 to top-TOP accuracies; row 0, the lm_head's, is unused.
+    """
+    # Heads are not independent. But for five heads on SmolLM2, trees built from counts of whole paths yielded no more:
+    # 2.27 tokens per pass against 2.25 with 32 nodes, 1.92 against 1.95 with 8. Both promise too much, with 32 nodes
+    # the counts by 12 % and these chances by 3 %: a decoder jumps over easy tokens, so most passes start at hard ones.
     exactly = [[upto - before for before, upto in pairwise([0.0, *row])] for row in top[1:]]
 
     def chance(path):
@@ -82,12 +83,13 @@ def independent(top: list[list[float]]) -> Chance:
 
 
 def best_tree(chance: Chance, num_heads: int, ranks: int, nodes: int) -> Choices:
-    """The tree of `nodes` nodes with the highest expected acceptance length, a smaller one if fewer paths have a
-    chance above 0. Of equal chances the shorter path is taken, then lower ranks."""
-    # No path has a higher chance than its parent, so the N likeliest paths hold the parents of each of them: they are
-    # a tree, and no N paths have a higher sum. The heap yields paths by falling chance without listing all of them:
-    # what is not in it yet descends from something that is. Chances may rise with the rank, so all children go in.
-    tree, heap = [], [(-1.0, 0, ())]
+    """The tree of `nodes` nodes with the highest expected acceptance length, or a smaller one if fewer paths have a
+    chance above 0. Of equal chances, shorter paths come first, then lower ranks."""
+    # No path has a higher chance than its parent. So the N likeliest paths contain their own parents and form a tree,
+    # and no other N paths have a higher sum. The heap yields paths in order of falling chance without listing them
+    # all: a path that is not in it yet has an ancestor that is. Chances may rise with the rank, so all children go in.
+    tree: Choices = []
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]
     while heap and len(tree) <= nodes:
         _, depth, path = heapq.heappop(heap)
         tree.append(path)
@@ -98,33 +100,33 @@ def best_tree(chance: Chance, num_heads: int, ranks: int, nodes: int) -> Choices
 
 
 def expected_length(choices: Choices, chance: Chance) -> float:
-    """Tokens that one pass yields on average; 1 without a tree."""
+    """Expected acceptance length: tokens that one pass yields on average; 1 without a tree."""
     return 1.0 + sum(chance(path) for path in choices)
 
 
 def fastest(chance: Chance, num_heads: int, ranks: int, step_ms: dict[int, float], lengths: dict | None = None):
-    """-> (N, its Choices, table): of the tree sizes in step_ms the one that yields most tokens per second.
+    """-> (N, tree, table): the tree size in step_ms that yields most tokens per second, its tree, a row per size.
 
-    step_ms: N -> ms that one step takes with N nodes, not empty; 0 is plain decoding. lengths: N -> tokens per pass,
-    for the sizes where that was measured; for others it is the expected_length. table: a dict per N.
+    step_ms: N -> ms of a pass with N nodes, not empty; 0 is plain decoding. lengths: N -> measured acceptance length.
+    Where that is missing, the expected length is used.
     """
     trees = {nodes: best_tree(chance, num_heads, ranks, nodes) for nodes in sorted(step_ms)}
     table = []
     for nodes, tree in trees.items():
         ms, length = step_ms[nodes], (lengths or {}).get(len(tree), expected_length(tree, chance))
         table.append({"nodes": nodes, "step_ms": ms, "length": length, "tokens_per_s": 1000 * length / ms})
-    nodes = max(table, key=lambda row: row["tokens_per_s"])["nodes"]  # of equals the smallest
+    nodes = max(table, key=lambda row: row["tokens_per_s"])["nodes"]  # the smallest of equally fast ones
     return nodes, trees[nodes], table
 
 
 class Layout(NamedTuple):
-    """A tree as tensors for n = N + 1 nodes: node 0 is the root, then the paths in the order of Choices."""
+    """A tree as tensors for n = N + 1 nodes: node 0 is the root, the others follow in the order of Choices."""
 
     parent: torch.Tensor  # int64 [n]; the root's is 0
     depth: torch.Tensor  # int64 [n]; the root's is 0
     rank: torch.Tensor  # int64 [n]; the root's is 0
     ancestors: torch.Tensor  # bool [n, n]; [i, j]: j is i or an ancestor of i, so i may attend to j
-    path: torch.Tensor  # int64 [n, D+1], D the tree's depth; [i, d]: depth d on the way to i, then i itself
+    path: torch.Tensor  # int64 [n, D+1], D the tree's depth; [i, d]: i's ancestor at depth d, and i itself from there
 
 
 def layout(choices: Choices) -> Layout:
@@ -142,8 +144,9 @@ def layout(choices: Choices) -> Layout:
 
 
 def load_chance(path) -> tuple[Chance, int, int]:
-    """-> (chance, heads, ranks) from evaluate.py's JSON. Prefers the accuracies on the backbone's own text, which
-    decoding has to hit, to those on the reference text. Raises BadInput for a file without accuracies."""
+    """-> (chance, heads, ranks) from evaluate.py's JSON. Takes the accuracies on the backbone's own text if there are
+    any, because that is the text heads have to guess; else those on the reference text. Raises BadInput for a file
+    without accuracies."""
     data = read_json(path)
     try:
         own = (data.get("own") or {}).get("top")
@@ -158,13 +161,14 @@ def load_chance(path) -> tuple[Chance, int, int]:
 
 
 def measured_lengths(path) -> dict[int, float]:
-    """nodes -> tokens per pass of the best trees, as evaluate.py measured them; empty if it had no text of its own."""
+    """nodes -> acceptance length of the best trees, as evaluate.py measured it on the backbone's own text; empty if it
+    did not."""
     rows = (read_json(path).get("own") or {}).get("acceptance", [])
     return {row["nodes"]: row["length"] for row in rows if row["tree"] == "best" and row["length"]}  # 0: no passes
 
 
 def read_step_times(path) -> dict[int, float]:
-    """nodes -> step_ms from a CSV with these two columns. Raises BadInput if it cannot be read as that."""
+    """nodes -> step_ms, from a CSV with these two columns. Raises BadInput for any other file."""
     try:
         with open(path, newline="") as file:
             rows = [(int(row["nodes"]), float(row["step_ms"])) for row in csv.DictReader(file)]

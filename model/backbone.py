@@ -1,4 +1,4 @@
-"""Loading a backbone: errors that are one sentence, models that cannot have Medusa heads, and weightless copies."""
+"""Loading a backbone: errors of one sentence, models that cannot have Medusa heads, and copies without weights."""
 
 import os
 
@@ -12,12 +12,12 @@ from common.errors import ACCESS, BadInput, first_line
 
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` whose failures are one sentence. Raises BadInput."""
+    """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence."""
     return _load(AutoModelForCausalLM, name_or_path, **kwargs)
 
 
 def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
-    """`AutoConfig.from_pretrained` with the same care."""
+    """`AutoConfig.from_pretrained`, with the same errors."""
     return _load(AutoConfig, name_or_path, **kwargs)
 
 
@@ -31,7 +31,7 @@ def _load(auto_class, name_or_path: str, **kwargs):
 
 
 def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
-    """Refuses backbones whose logits are not (soft-capped) lm_head(hidden): a head would start from other ones."""
+    """Refuses backbones whose logits are not (soft-capped) lm_head(hidden), because a head starts as a copy of it."""
     config, name = backbone.config.get_text_config(), type(backbone).__name__
     if lm_head is None:
         raise BadInput(f"{name} has no output embeddings: Medusa heads need a causal LM")
@@ -43,8 +43,8 @@ def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
 
 
 def context_length(backbone: PreTrainedModel) -> int:
-    """How many tokens it can read. Raises BadInput if its configuration does not say: positions are then something
-    that decoding knows nothing of (ALiBi)."""
+    """How many tokens it can read. Raises BadInput if its config does not say: it then has a kind of positions that
+    decoding does not support (ALiBi)."""
     length = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     if length is None:
         name = type(backbone).__name__
@@ -61,20 +61,20 @@ def end_tokens(backbone) -> set[int]:
 
 
 def rope_follows_length(config) -> bool:
-    """Whether transformers looks, in each pass, at how long the text is: kinds of RoPE whose frequencies depend on it,
-    for all layers or for some. A CUDA graph cannot hold that."""
+    """Whether RoPE frequencies depend on the length of the text, in any layer. transformers then reads the length in
+    each pass, and a CUDA graph cannot hold that."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
     return bool(kinds & {"dynamic", "longrope"})
 
 
 def empty_backbone(config, dtype: torch.dtype, trust_remote_code=False) -> PreTrainedModel:
-    """The backbone with memory for its weights that is never touched, and so takes none; buffers are real."""
+    """The backbone with uninitialised weights, which take no real memory until they are written; buffers are real."""
     with init_empty_weights():
         backbone = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     for module in backbone.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            # Not left on meta: accelerate tells parameters apart by their address, which is 0 for all of those, and
-            # the optimiser would train one of them only.
+            # Not left on meta: accelerate tells parameters apart by their address. It is 0 for all meta tensors, so
+            # the optimiser would train only one of them.
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
     return backbone

@@ -1,6 +1,6 @@
-"""A Medusa head (arXiv 2401.10774, section 2.1.1): n ResBlocks and a projection to the vocabulary of its own."""
+"""A Medusa head (arXiv 2401.10774, section 2.1.1): n ResBlocks and the head's own projection to the vocabulary."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ class ResBlock(nn.Module):
 
 
 class HeadLoss(NamedTuple):
-    """One head on one batch: summed loss (fp32 scalar), right top-1 guesses (int64 scalar), number of rows.
+    """One head on one batch: summed loss (fp32 scalar), number of right top-1 guesses (int64 scalar), number of rows.
 
-    A tuple, so that FSDP finds the tensors in a head's output and hangs its hooks on them.
+    A tuple, so that FSDP finds the tensors in a head's output and attaches its hooks to them.
     """
 
     loss_sum: torch.Tensor
@@ -37,7 +37,7 @@ class HeadLoss(NamedTuple):
     rows: int
 
     def add_to(self, sums: torch.Tensor):
-        """Adds the three to `sums` `[3]`, float64: exact for counts, and no copy from the host for `rows`."""
+        """Adds the three to `sums` `[3]`. float64 is exact for counts; adding `rows`, a number, needs no transfer."""
         sums[0] += self.loss_sum.detach()
         sums[1] += self.correct
         sums[2] += self.rows
@@ -51,10 +51,8 @@ def projection_loss(
     softcap: float | None,
     blocks: nn.Module | None = None,
 ) -> HeadLoss:
-    """Loss of hidden `[B, T, H]` against targets `[B, T]`, only on the rows that count (target not IGNORE).
-
-    A prompt, padding or the end of a conversation gives no row, and none of its products is computed.
-    """
+    """Loss of hidden `[B, T, H]` against targets `[B, T]`. Rows whose target is IGNORE (prompts, padding, the end of a
+    conversation) are dropped before anything is computed."""
     targets = targets.flatten()
     index = targets.ne(IGNORE).nonzero()[:, 0]
     rows = hidden.flatten(0, 1).index_select(0, index)
@@ -65,27 +63,28 @@ def projection_loss(
 
 
 class MedusaHead(nn.Sequential):
-    """n ResBlocks and a projection. Its parameters are named as servers expect: `{l}.linear.weight`,
+    """n ResBlocks and a projection. Inference servers expect these parameter names: `{l}.linear.weight`,
     `{l}.linear.bias` and `{n}.weight`.
 
-    The loss is computed in here, not by the caller, so that under FSDP a head can be a unit of its own whose
-    weights are whole only while it runs.
+    `forward` computes the loss itself, so that under FSDP each head can be a unit of its own, whose weights are
+    gathered only while it runs.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int, num_layers: int):
-        blocks = [ResBlock(hidden_size) for _ in range(num_layers)]  # not [block] * n: that shares one block
+        blocks = [ResBlock(hidden_size) for _ in range(num_layers)]
         super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))
 
     def forward(self, hidden, targets=None, impl="torch", softcap=None):
         """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
         *blocks, projection = self
+        weight = cast(torch.Tensor, projection.weight)  # torch annotates any attribute of a module as Tensor | Module
         if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(projection.weight.dtype)  # a bf16 backbone under fp32 heads
+            hidden = hidden.to(weight.dtype)  # the backbone may be bf16 and the heads fp32
         if targets is not None:
-            return projection_loss(hidden, targets, projection.weight, impl, softcap, nn.Sequential(*blocks))
+            return projection_loss(hidden, targets, weight, impl, softcap, nn.Sequential(*blocks))
         return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
 
 
 def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Gemma 2's bound on the logits; nothing for everybody else."""
+    """Gemma 2's bound on the logits. softcap is None for other models: nothing changes."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

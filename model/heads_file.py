@@ -1,9 +1,9 @@
-"""The heads on disk: one safetensors file and a config.json, as the original Medusa and TGI name them.
+"""The heads on disk: one safetensors file and a config.json, named as the original Medusa and TGI expect.
 
     {h}.{l}.linear.weight, {h}.{l}.linear.bias   ResBlock l of head h (h = 0 is head 1)   [H, H], [H]
     {h}.{n}.weight                               its projection, n = number of ResBlocks  [V, H]
 
-Never pickle: loading a heads file cannot run code.
+No pickle, so loading a heads file cannot run code.
 """
 
 import json
@@ -21,7 +21,7 @@ HEADS_DIR = "medusa_heads"  # where a stage 2 directory keeps its heads, next to
 
 
 def save_heads(state_dict: dict[str, torch.Tensor], config: dict, directory: Path):
-    """Writes the heads' file and its config.json."""
+    """Writes the heads file and its config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     write_atomically(directory / HEADS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -30,7 +30,8 @@ def save_heads(state_dict: dict[str, torch.Tensor], config: dict, directory: Pat
 
 
 def find_heads(directory) -> tuple[Path, Path | None]:
-    """-> (directory of the heads, backbone directory if it is part of the same stage 2 directory)."""
+    """-> (directory of the heads, stage 2 directory or None). A stage 2 directory is the trained backbone's
+    checkpoint, with the heads in a subdirectory."""
     directory = Path(directory)
     if (directory / HEADS_DIR / HEADS_FILE).is_file():
         return directory / HEADS_DIR, directory
@@ -42,7 +43,7 @@ def find_heads(directory) -> tuple[Path, Path | None]:
 
 
 def load_config(directory: Path) -> dict:
-    """config.json of a heads directory. Raises BadInput if it is missing, broken or of something else."""
+    """config.json of a heads directory. Raises BadInput if it is missing, broken, or not a config of heads."""
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -55,7 +56,8 @@ def load_config(directory: Path) -> dict:
 
 
 def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Config and tensors of a heads directory, checked: every tensor there, none more, right shapes, finite."""
+    """Config and tensors of a heads directory. Raises BadInput unless the tensors are those that the config promises,
+    with its shapes, and finite."""
     path, config = directory / HEADS_FILE, load_config(directory)
     try:
         state_dict = load_file(path)

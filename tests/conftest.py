@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+torch.set_num_threads(1)  # products this small gain nothing from a second one, and on a busy machine wait long for it
 ROOT = Path(__file__).parent.parent
 SPECIAL = {  # beginning of text, end of turn, and what else a template writes
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
@@ -115,24 +116,21 @@ def write_jsonl(path, records) -> str:
     return str(path)
 
 
-# What takes long, by file: `scripts/test.sh --fast` leaves it out (CONTRIBUTING.md says what each marker means).
-MARKERS = {
-    "processes": ("test_distributed.py", "test_resume.py", "test_memory.py", "test_errors.py", "test_fsdp_gpu.py"),
-    "interpreter": ("test_kernels.py", "test_products.py", "test_head_loss.py", "test_fp8.py"),
-    "slow": ("test_train.py", "test_throughput.py", "test_scripts.py", "test_decoding_benchmarks.py"),
-}
+# Of a case that runs a Triton kernel on whatever is there: a GPU, or Triton's interpreter.
+TRITON = pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.interpreter
+
+
+def can_run_here(item) -> bool:
+    """`gpu` beside `interpreter` is a kernel on the GPU: the one mark is its device's, the other its own."""
+    gpu, interpreter = (item.get_closest_marker(name) is not None for name in ("gpu", "interpreter"))
+    return gpu or not interpreter if torch.cuda.is_available() else not gpu
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the files above, and deselects what needs a GPU where there is none."""
-    for item in items:
-        for marker, files in MARKERS.items():
-            if item.path.name in files:
-                item.add_marker(marker)
-    if not torch.cuda.is_available():
-        gpu = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Deselects what needs a GPU where there is none, and what needs Triton's interpreter where there is a GPU."""
+    here = [item for item in items if can_run_here(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not can_run_here(item)])
+    items[:] = here
 
 
 @pytest.fixture(autouse=True)
@@ -143,13 +141,11 @@ def _reproducible(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def device(request):
     """Where a Triton kernel runs."""
-    if (request.param == "cuda") != torch.cuda.is_available():
-        pytest.skip(
-            "no CUDA device" if request.param == "cuda" else "Triton's interpreter is off where there is a GPU"
-        )
     return request.param
 
 
@@ -212,6 +208,16 @@ def weights(directory) -> dict[str, torch.Tensor]:
         for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("medusa_heads/*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+def assert_same(a, b, **tolerance):
+    """Tensors by name; bit for bit where no tolerance is given."""
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert torch.equal(a[name], b[name]), name
 
 
 def saved_state(checkpoint) -> dict[str, torch.Tensor]:

@@ -38,7 +38,8 @@ SIZES |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 READS = {"FSDP2": FIRST, HSDP: FIRST | SIZES, "FSDP1": EACH}
 NONE = {}
 CLIP, STEPS = 0.02, 8
-TIMEOUT = 300  # a run takes one or two seconds, with Triton's interpreter half a minute, on a busy machine more
+TIMEOUT = 300  # seconds; a run takes one or two, but on a busy machine more
+INTERPRETED = 600  # with Triton's interpreter it takes half a minute
 
 
 class Run(NamedTuple):
@@ -80,8 +81,11 @@ class Lab:
                 all_flags[name] = self.root / all_flags[name]
         return [str(word) for pair in all_flags.items() if pair[1] is not None for word in pair]
 
-    def launch(self, kind, flags, out=None, at=None, on=0, environment=NONE, rank_1=NONE, **kwargs) -> Run:
-        """at, on: what befalls rank `on` (worker.py). rank_1: flags of that rank alone."""
+    def launch(
+        self, kind, flags, out=None, at=None, on=0, environment=NONE, rank_1=NONE, timeout=TIMEOUT, **kwargs
+    ) -> Run:
+        """at, on: what befalls rank `on` (worker.py). rank_1: flags of that rank alone. timeout: seconds, after which
+        the test fails."""
         self.count += 1
         out = out or self.root / f"run-{self.count}"
         world, fsdp = KINDS[kind]
@@ -94,7 +98,8 @@ class Lab:
             args = (argv, log, variables, fsdp, at if rank == on else None)
             processes.append(FORK.Process(target=worker.run, args=args, kwargs=kwargs))
             processes[-1].start()
-        wait(processes)
+        if late := wait(processes, timeout):
+            pytest.fail("\n".join([late, *(log.read_text()[-3000:] for log in logs)]))
         return Run(out, [process.exitcode for process in processes], [log.read_text() for log in logs])
 
     def run(self, kind, flags, **kwargs) -> Run:
@@ -123,18 +128,25 @@ class Lab:
 FORK = multiprocessing.get_context("forkserver")
 
 
-def wait(processes):
+def wait(processes, timeout=TIMEOUT) -> str:
     """As a launcher does: if a process fails, the others have little time left (to report the same), and if it is
-    killed none."""
-    deadline = time.monotonic() + TIMEOUT
+    killed none. -> which ones took more than `timeout` seconds and were killed, as a sentence, or nothing."""
+    deadline = end = time.monotonic() + timeout
+    late = []
     while alive := [process.sentinel for process in processes if process.is_alive()]:
         left = [0 if process.exitcode < 0 else 10 for process in processes if process.exitcode]
         deadline = min([deadline, *(time.monotonic() + seconds for seconds in left)])
         if not connection.wait(alive, max(0, deadline - time.monotonic())):
+            if deadline == end:
+                late = [f"rank {rank}" for rank, process in enumerate(processes) if process.is_alive()]
             break
     for process in processes:
         process.kill()
         process.join()
+    if not late:
+        return ""
+    were = "was still running after {0:g} s and was" if len(late) == 1 else "were still running after {0:g} s and were"
+    return f"{' and '.join(late)} {were.format(timeout)} killed: the machine may be busy"
 
 
 def open_lab(root: Path) -> Lab:

@@ -23,15 +23,6 @@ PROMPTS = [chat["messages"][0]["content"] for chat in make_conversations(10)]
 ENDS = list(range(1, 320, 24))  # a random model hardly ever says one given token, so many end an answer
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small gain nothing from a second thread, and on a busy machine wait long for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def chat_dir(tmp_path):
     """A tiny chat model that ends some of its answers after a few tokens, and never ends others."""
@@ -285,12 +276,6 @@ def test_not_a_chat_model(ask, chat_dir):
     (chat_dir / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(BadInput, match="no chat template"):
         ask()
-
-
-def test_the_first_question_is_asked_not_the_system_prompt(tmp_path):
-    turns = [("system", "be terse"), ("user", "why"), ("assistant", "warm")]
-    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}])
-    assert distill.read_prompts(chats) == ["why"]
 
 
 @pytest.mark.parametrize("text", ["not json\n", '{"messages": []}\n', "one line without end"])

@@ -17,15 +17,6 @@ HEADS = 3
 ENDS = list(range(1, 320, 24))  # a random model hardly ever says one given token, so many end an answer
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small gain nothing from a second thread, and on a busy machine wait long for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_prompts_end_where_the_first_answer_begins(caplog):
     tokenizer = make_tokenizer("chatml")
     user, assistant = ({"role": role, "content": role[0]} for role in ("user", "assistant"))

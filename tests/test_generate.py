@@ -92,7 +92,8 @@ def test_compare_shows_both(stage1, monkeypatch, capsys):
     assert f"speed-up: {result['speed_up']:.2f}" in printed
     assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 4
     assert len(result["tree"]) == 6
-    assert f"{len(result['tree'][-1])} heads, tree of 6" in printed
+    depth = len(result["tree"][-1])
+    assert f"{depth} head{'s' * (depth > 1)}, tree of 6" in printed
 
 
 def test_nodes_and_what_is_chosen_without(stage1, monkeypatch, caplog):

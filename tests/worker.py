@@ -8,8 +8,7 @@ import sys
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (here, once, and not in every process)
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from fsdp_on_cpu import allow_fsdp_on_cpu
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -49,23 +48,6 @@ def run(flags, log, environment, fsdp=0, at=None, gradients=None):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def allow_fsdp_on_cpu():
-    """accelerate falls back to DDP on a CPU without a word. This is what it does on a GPU."""
-    original = AcceleratorState.__init__
-
-    def patched(self, *args, fsdp_plugin=None, **kwargs):
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
-            self.fsdp_plugin = fsdp_plugin
-            for state in (self.__dict__, PartialState._shared_state):
-                state["distributed_type"] = DistributedType.FSDP
-                state["device"] = torch.device("cpu")
-
-    AcceleratorState.__init__ = patched
 
 
 def strike(call, nth, **what):

@@ -1,9 +1,9 @@
 """Where this project meets the private side of the HF Trainer.
 
-The Trainer has no public way to change how it draws batches, wraps the model or writes a checkpoint. So this file
-overrides its private methods, and no other file overrides or calls one. Each override hands over to a public method
-that `CheckpointingTrainer` or `MedusaTrainer` defines. tests/training/test_hooks.py compares the signatures with those
-of the installed transformers: a release that renames a method fails there, and not in a run.
+The Trainer has no public way to change how it draws batches, wraps the model or writes a checkpoint. So its private
+methods are overridden, all of them in this file. Each override hands over to a public method that
+`CheckpointingTrainer` or `MedusaTrainer` defines. tests/training/test_hooks.py compares the signatures with those of
+the installed transformers: a release that renames a method fails there, and not in a run.
 """
 
 from pathlib import Path

@@ -1,17 +1,19 @@
 """What the HF Trainer lacks for Medusa heads: one head after the other, exact means, learning-rate groups.
 
-Loss of an optimiser step: L = [stage 2: L_0] + lambda_0 * sum_k lambda_k * L_k, where L_k is the mean over head
-k's rows of the whole step (all micro-batches, all ranks). So one batch of 8, two micro-batches of 4 and two
-processes of 4 give the same update, however long the conversations are.
+Loss of an optimiser step: L = [stage 2: L_0] + lambda_0 * sum_k lambda_k * L_k. L_k is the mean over head k's rows in
+the whole step (all micro-batches, all ranks). So one batch of 8, two micro-batches of 4 and two processes of 4 give
+the same update, however long the conversations are.
 """
 
 import contextlib
 import logging
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
 
 from common.errors import BadInput
 from conversations.batches import LengthGroupedSampler
@@ -23,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 class MedusaTrainer(CheckpointingTrainer):
-    """meter: an `EfficiencyCallback`, or None. It is told what each step holds and asked for its figures.
-    run: what a checkpoint's run.json says of the run it belongs to.
+    """meter: an `EfficiencyCallback`, or None. It gets the counts of each step, and its figures go into the logs.
+    run: what run.json of a checkpoint says of the run.
     """
 
     def __init__(self, *args, meter=None, run=None, **kwargs):
@@ -33,13 +35,13 @@ class MedusaTrainer(CheckpointingTrainer):
         if meter is not None:
             self.add_callback(meter)
         self.num_heads = len(self.medusa.medusa_heads)
-        # Per head: summed loss, right guesses, rows; of the steps since the last log.
+        # Per head: summed loss, right guesses, rows, over the steps since the last log.
         self.window = torch.zeros(self.num_heads + 1, 3, dtype=torch.float64, device=self.args.device)
-        self.step_sums = torch.zeros_like(self.window)  # the same of one optimiser step
+        self.step_sums = torch.zeros_like(self.window)  # the same over the current step
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             fsdp.configure(plugin, self.medusa)
-        # Not under FSDP1 (it allows one end of backward a step) nor DDP (it marks each weight ready once a step).
+        # FSDP1 allows only one end of backward per step, and DDP marks each weight ready only once.
         self.one_by_one = plugin.fsdp_version == 2 if plugin else self.args.world_size == 1
         where = f"FSDP{plugin.fsdp_version}" if plugin else "DDP" if self.args.world_size > 1 else "one process"
         sizes = self.accelerator.parallelism_config
@@ -58,31 +60,31 @@ class MedusaTrainer(CheckpointingTrainer):
 
     # ---- the loss ----
     def head_weights(self, progress: float = 1.0) -> list[float]:
-        """Weight of each head's loss, index = head, after `progress` (0 to 1) of the training."""
+        """The weight of each head's loss (index = head) after `progress` (0 to 1) of the training."""
         ramp = {"constant": 1.0, "linear": progress, "sine": math.sin(progress * math.pi / 2)}
         lambda_0 = self.args.medusa_heads_coefficient * ramp[self.args.medusa_scheduler]
         backbone = 0.0 if self.medusa.backbone_frozen else 1.0
         return [backbone] + [lambda_0 * self.args.medusa_decay_coefficient**k for k in range(1, self.num_heads + 1)]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimiser step, and the rows each head has in all of them, on all ranks."""
+        """The micro-batches of one optimiser step, and the number of rows per head in all of them, on all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
         self._mask_repeated(batches[-1], self.train_dataset)
         counts = torch.stack([batch_counts(batch, self.num_heads) for batch in batches]).sum(0)
         counts = self.accelerator.reduce(counts.to(device))
-        # They stay on the device: to read them here would wait for the last step to end, and leave the GPU idle while
-        # the first layers of the next one are launched.
+        # The counts stay on the device. Reading them here would wait for the end of the last step, and then the GPU
+        # would idle until the first layers of the next one are launched.
         if self.meter is not None:
             self.meter.count(counts)
         return batches, counts[: self.num_heads + 1].clamp(min=1)
 
     def _mask_repeated(self, batch: dict, dataset):
-        """The last batch of an epoch may lack conversations; accelerate fills it up with some from the start, so that
-        all ranks have as many batches. They are no rows here, or several processes would train on more than one.
+        """Masks the labels of repeated conversations. If an epoch's last batch is not full, accelerate fills it with
+        conversations from the epoch's start; with them, several processes would train on more rows than one.
 
-        (accelerate's own count of them, `gradient_state.remainder`, is not known in an epoch that was resumed.)
+        (accelerate's own count of them, `gradient_state.remainder`, is not known in a resumed epoch.)
         """
         size = len(batch["labels"])
         rest = 0 if self.args.dataloader_drop_last else len(dataset) % (size * self.args.world_size)
@@ -90,20 +92,20 @@ class MedusaTrainer(CheckpointingTrainer):
             batch["labels"][max(0, rest - self.args.process_index * size) :] = IGNORE
 
     def model_inputs(self, inputs: dict) -> dict:
-        """Without the attention mask: padding is on the right, and causal attention never looks there from a token."""
+        """Drops the attention mask: padding is on the right, where causal attention never looks from a token."""
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
 
-    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: torch.Tensor | None = None):
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch forward and backward; returns its share of the step's loss.
 
-        num_items_in_batch: `[K+1]`, rows per head of the whole step (at least 1), which `get_batch_samples` counted.
+        num_items_in_batch: `[K+1]`, rows per head in the whole step (at least 1), from `get_batch_samples`.
         """
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimisers
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         weights = self.head_weights((self.state.global_step + 1) / self.state.max_steps)
-        # Gradients are averaged over the ranks, while the row counts are already those of all ranks.
+        # The row counts are already those of all ranks, so the average of the gradients over the ranks is undone.
         weights = [weight * self.accelerator.num_processes for weight in weights]
         step = self._one_by_one if self.one_by_one else self._all_at_once
         loss = step(model, inputs, weights, num_items_in_batch)
@@ -114,17 +116,17 @@ class MedusaTrainer(CheckpointingTrainer):
         return loss
 
     def _one_by_one(self, model, inputs, weights, rows):
-        """Peak memory grows with one head, not with K + 1 (arXiv 2404.19737, section 2): a head's forward and
-        backward, then the next one's; d_hidden adds up in `leaf`, and goes through the backbone once."""
+        """One head's forward and backward, then the next one's, so that memory holds one head's activations, not K + 1
+        (arXiv 2404.19737, section 2). d_hidden adds up in `leaf.grad` and goes through the backbone once."""
         medusa, labels, position_ids = self.medusa, inputs["labels"], inputs.get("position_ids")
         loss = torch.zeros((), device=self.args.device)
-        offload = contextlib.nullcontext()
+        offload: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.args.offload_activations:
             offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
         with self.accelerator.autocast(), offload:
             hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
-        joint = []  # losses whose backward pass goes together with the backbone's
+        joint = []  # losses whose backward pass runs together with the backbone's
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
             with_backbone = k == 0 and fsdp.lm_head_in_root_unit(medusa)
             fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
@@ -152,7 +154,7 @@ class MedusaTrainer(CheckpointingTrainer):
         return out.loss.detach()
 
     def _stop_if_not_finite(self):
-        """Before the optimiser sees it: a NaN in any micro-batch of the step would spoil every weight."""
+        """Called before the optimiser's step: a NaN in any micro-batch would spoil every weight."""
         for k, value in enumerate(self.step_sums[:, 0].tolist()):
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -163,18 +165,18 @@ class MedusaTrainer(CheckpointingTrainer):
 
     # ---- what the Trainer calls ----
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Four groups at most: heads or backbone, with or without weight decay; frozen weights are in none."""
+        """Up to four parameter groups: heads or backbone, with or without weight decay; no frozen weights."""
         if self.optimizer is not None:
             return self.optimizer
-        model, name = self.model if model is None else model, self.args.optim.value
+        model, optim = self.model if model is None else model, OptimizerNames(self.args.optim).value
         try:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
         except ImportError as error:
-            raise BadInput(f"--optim {name} needs a package that is missing: {error}") from error
+            raise BadInput(f"--optim {optim} needs a package that is missing: {error}") from error
         if kwargs.keys() & {"params", "model", "optimizer_dict"}:
-            raise BadInput(f"--optim {name} makes its own parameter groups: choose an AdamW, Adafactor or SGD")
-        if self.is_fsdp_enabled and name == "adafactor":
-            raise BadInput(f"--optim {name} cannot work on FSDP's shards of a weight: choose an AdamW or SGD")
+            raise BadInput(f"--optim {optim} makes its own parameter groups: choose an AdamW, Adafactor or SGD")
+        if self.is_fsdp_enabled and optim == "adafactor":
+            raise BadInput(f"--optim {optim} cannot work on FSDP's shards of a weight: choose an AdamW or SGD")
         decays = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -194,7 +196,7 @@ class MedusaTrainer(CheckpointingTrainer):
         return self.optimizer
 
     def train_sampler(self, dataset):
-        """Groups by length where the lengths are known and rows are not packed to one length."""
+        """Groups rows by length if the lengths are known and the rows are not packed."""
         names = getattr(dataset, "column_names", None) or []
         asked = self.args.train_sampling_strategy
         if "length" not in names or "position_ids" in names or asked != "random":  # random: the Trainer's default
@@ -203,7 +205,7 @@ class MedusaTrainer(CheckpointingTrainer):
         return LengthGroupedSampler(list(dataset["length"]), self.get_total_train_batch_size(self.args), seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds loss and top-1 accuracy per head, and the meter's figures, to every training log."""
+        """Adds each head's loss and top-1 accuracy, and the meter's figures, to every training log."""
         if "loss" in logs:
             for k, (loss, correct, rows) in enumerate(self.accelerator.reduce(self.window).tolist()):
                 if rows:
@@ -216,8 +218,8 @@ class MedusaTrainer(CheckpointingTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Loss and top-1 of every head, the backbone's `lm_head` (head 0) included: exact means over all rows.
-        `{prefix}_loss` is the training loss at full lambda_0. No logits are kept."""
+        """Loss and top-1 accuracy of every head, the backbone's `lm_head` (head 0) included: means over all rows.
+        `{prefix}_loss` is the training loss at full lambda_0. Logits are not kept."""
         model = self.model_wrapped
         model.eval()
         if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):  # schedule-free optimisers
@@ -230,20 +232,21 @@ class MedusaTrainer(CheckpointingTrainer):
                 sums += model(**self._prepare_inputs(inputs), head_weights=[1.0] * len(sums)).head_sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         fsdp.keep_whole_between_forward_and_backward(self.medusa, True)
-        metrics, total = {}, 0.0
-        weights = self.head_weights()
+        metrics: dict[str, float] = {}
+        total, weights = 0.0, self.head_weights()
         for k, (loss, correct, rows) in enumerate(self.accelerator.reduce(sums).tolist()):
             mean, top1 = loss / max(1, rows), correct / max(1, rows)
             metrics |= {f"{metric_key_prefix}_head_{k}_loss": mean, f"{metric_key_prefix}_head_{k}_top1": top1}
             total += weights[k] * mean
         metrics = {f"{metric_key_prefix}_loss": total} | metrics
-        return EvalLoopOutput(None, None, metrics, self.num_examples(dataloader))
+        predictions = cast(Any, None)  # annotated as an array, but the Trainer too gives None if it keeps no logits
+        return EvalLoopOutput(predictions, None, metrics, self.num_examples(dataloader))
 
     def floating_point_ops(self, inputs) -> int:
-        return 0  # the Trainer's estimate counts a backward through a frozen backbone; see EfficiencyCallback
+        return 0  # the Trainer's estimate has a backward pass for a frozen backbone; see EfficiencyCallback
 
     def before_wrapping(self) -> None:
-        if self.args.gradient_checkpointing_layers is not None:  # the Trainer has switched it on for all
+        if self.args.gradient_checkpointing_layers is not None:  # the Trainer switched it on in all
             for layer in self.medusa.backbone.get_decoder().layers[self.args.gradient_checkpointing_layers :]:
                 layer.gradient_checkpointing = False
 
@@ -252,9 +255,9 @@ class MedusaTrainer(CheckpointingTrainer):
 
 
 def batch_counts(batch: dict, num_heads: int) -> torch.Tensor:
-    """Rows per head 0..K, tokens, token slots (tokens and padding), causal attention pairs: int64 `[K+4]`.
+    """int64 `[K+4]`: rows of head 0..K, tokens, token slots (tokens and padding), causal attention pairs.
 
-    pairs: a token at position p of its conversation attends to p + 1 tokens; the sum is what attention costs.
+    pairs: a token at position p of its conversation attends to p + 1 tokens. Attention costs their sum.
     """
     labels, mask, position_ids = batch["labels"], batch["attention_mask"], batch.get("position_ids")
     rows = [count_rows(shifted_targets(labels, k + 1, position_ids)) for k in range(num_heads + 1)]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TRITON
 
 import model.loss
 
@@ -44,6 +44,8 @@ def smoke(head_loss, monkeypatch, tmp_path):
     return run
 
 
+@TRITON
+@pytest.mark.processes
 def test_every_implementation_is_a_row(tmp_path):
     command = [sys.executable, "benchmark/head_loss.py", "--smoke", "--repeats", "1", "--out", tmp_path / "out.csv"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
@@ -87,6 +89,7 @@ def test_out_of_memory_is_a_row(smoke):
     assert [row["ms"] == "" for row in rows] == [False, True, False, True]
 
 
+@TRITON
 @pytest.mark.parametrize("asked", [1, 16, 32, 64])
 def test_rows_in_ligers_chunks(asked, head_loss, monkeypatch):
     name, chunks = "liger_kernel.ops.fused_linear_cross_entropy.liger_cross_entropy_kernel", []

@@ -9,12 +9,13 @@ import sys
 import pytest
 from conftest import ROOT, rendezvous
 
+pytestmark = pytest.mark.processes
 COLUMNS = "stage heads batch_size world_size length implementation options group peak_gib resting_gib step_time_s "
 COLUMNS += "tokens_per_s useful_tflops mfu gpu versions commit command"
 SCRIPT = """
 import weakref
-import torch, worker
-worker.allow_fsdp_on_cpu()
+import torch, fsdp_on_cpu
+fsdp_on_cpu.allow_fsdp_on_cpu()
 import memory
 from model import heads, loss
 from training import fsdp

@@ -27,6 +27,7 @@ child.wait()
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc and prctl are Linux's")
 
 
+@pytest.mark.processes
 @linux
 def test_a_killed_launcher_leaves_no_training_behind():
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(ROOT)}
@@ -78,6 +79,7 @@ def wait_for(condition, seconds=60):
     assert condition()
 
 
+@pytest.mark.processes
 @linux
 @pytest.mark.parametrize("victim", ["a rank", "the launcher"])
 def test_a_job_dies_as_a_whole(victim, model_dir, data_file, tmp_path):

@@ -25,15 +25,6 @@ EOS = {5}
 MAX_NEW = 25
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small gain nothing from a second thread, and on a busy machine wait long for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_texts(count=20, rows=30):
     """Texts of random paths in which low ranks are frequent; some are empty."""
     ranks = lambda: (torch.rand(HEADS) ** 3 * (TOP + 1)).int().tolist()  # noqa: E731

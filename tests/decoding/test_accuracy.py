@@ -13,15 +13,6 @@ from medusa_model import MedusaConfig, MedusaModel
 HEADS = 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Products this small gain nothing from a second thread, and on a busy machine wait long for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def hits(logits, targets, n):
     """How many targets are among the n best tokens."""
     return (logits.topk(n).indices == targets[:, None]).any(1).sum().item()

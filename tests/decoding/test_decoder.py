@@ -1,19 +1,13 @@
-"""decoding/decoder.py: decoding with a tree gives what plain decoding gives, only in fewer passes.
+"""decoding/decoder.py: decoding with a tree gives what plain decoding gives, only in fewer passes."""
 
-The vocabulary has 9 tokens, so that untrained guesses are right often enough to exercise every way through a tree.
-"""
-
-import copy
-import itertools
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_backbone, randomise
+from conftest import randomise
+from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, greedy, make_model, random_tree
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -24,61 +18,10 @@ from transformers import (
 )
 
 from common.errors import BadInput
-from decoding.answers import answer_all
-from decoding.attention import TreeCache, attend
 from decoding.decoder import Decoder, Sampling
 from decoding.products import AllHeads, Products, sharing
 from decoding.tree import chain
 from medusa_model import MedusaConfig, MedusaModel
-from model.backbone import context_length, rope_follows_length
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCAB = 9
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0, 3]]
-
-
-def make_model(heads=3, **kwargs) -> MedusaModel:
-    model = MedusaModel.from_backbone(
-        make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs), MedusaConfig(medusa_num_heads=heads)
-    )
-    randomise(model.medusa_heads, 0.5)
-    return model.eval().to(DEVICE)
-
-
-def bushy(heads, ranks=3):
-    return [path for depth in range(1, heads + 1) for path in itertools.product(range(ranks), repeat=depth)]
-
-
-def random_tree(heads, nodes, seed):
-    """Any valid tree of so many nodes: each hangs on one that is there."""
-    rng, paths = random.Random(seed), set()
-    while len(paths) < (nodes if heads > 1 else min(nodes, VOCAB)):
-        parent = rng.choice([(), *sorted(paths)])
-        if len(parent) < heads:
-            paths.add((*parent, rng.randrange(VOCAB)))
-    return sorted(paths, key=lambda path: (len(path), path))
-
-
-def greedy(backbone, prompt, max_new_tokens, eos=None) -> list[int]:
-    """What transformers decodes, with the attention it calls eager."""
-    backbone = copy.deepcopy(backbone)
-    backbone.set_attn_implementation("eager")
-    ids = torch.tensor([prompt], device=DEVICE)
-    out = backbone.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-        eos_token_id=eos, pad_token_id=0,
-    )  # fmt: skip
-    return out[0, len(prompt) :].tolist()
-
-
-def decode(decoder, prompts, max_new_tokens, eos=frozenset()):
-    """-> (new tokens of each prompt, passes each took after the prefill)."""
-    answers, passes = [[] for _ in prompts], [-1] * len(prompts)
-    for new in decoder.run(prompts, max_new_tokens, eos):
-        for row, tokens in enumerate(new):
-            answers[row] += tokens
-            passes[row] += bool(tokens)
-    return answers, passes
 
 
 @pytest.mark.parametrize("heads", range(1, 6))
@@ -176,26 +119,6 @@ def test_one_decoder_of_a_model_at_a_time():
     assert decode(second, PROMPTS[:1], 10)[0] == [greedy(model.backbone, PROMPTS[0], 10)]
 
 
-def test_attention_it_does_not_know_is_refused():
-    query = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(BadInput, match="attention sinks"):
-        attend(None, query, query, query, None, 1.0, s_aux=torch.zeros(2))
-    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2))
-    with pytest.raises(BadInput, match="BloomForCausalLM has no max_position_embeddings"):
-        context_length(bloom)
-
-
-def test_rope_that_follows_the_length():
-    yarn, dynamic = ({"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} for kind in ("yarn", "dynamic"))
-    for parameters, follows in (
-        (yarn, False),
-        (dynamic, True),
-        ({"full": yarn, "sliding": dynamic}, True),
-        (None, False),
-    ):
-        assert rope_follows_length(SimpleNamespace(rope_parameters=parameters)) is follows
-
-
 def test_the_cache_holds_what_a_prefill_would_put_there():
     model = make_model()
     decoder = Decoder(model, bushy(2, VOCAB), 1, 80)
@@ -242,121 +165,13 @@ def test_lossless_for_other_backbones(name):
     assert model.backbone.config._attn_implementation == before
 
 
-def test_exact_sampling_draws_from_the_backbone():
-    """Two tokens after the first, 8,000 times: as often as the product of the backbone's probabilities says."""
-    model, temperature, rows, rounds = make_model(), 1.5, 1000, 8
-    prompt = PROMPTS[0]
-    chances = torch.zeros(VOCAB, VOCAB, VOCAB)
-    with torch.inference_mode():
-        for text in itertools.product(range(VOCAB), repeat=2):
-            logits = model.backbone(torch.tensor([prompt + list(text)], device=DEVICE)).logits[0, -3:].cpu()
-            p = (logits / temperature).softmax(-1)
-            chances[text] = p[0, text[0]] * p[1, text[1]] * p[2]
-    decoder = Decoder(model, bushy(2, 4), rows, 40, Sampling(temperature))
-    counts, accepted = torch.zeros(VOCAB, VOCAB, VOCAB), 0
-    for _ in range(rounds):
-        answers, passes = decode(decoder, [prompt] * rows, 3)
-        for answer in answers:
-            counts[tuple(answer)] += 1
-        accepted += 2 * rows - sum(passes)
-    assert accepted > rows  # else the tree had no part in it
-    total = rows * rounds
-    frequent = chances * total > 5
-    z = (counts - chances * total)[frequent] / (chances * (1 - chances) * total)[frequent].sqrt()
-    assert frequent.sum() > 50
-    assert z.abs().max() < 5
-    assert 0.8 < z.square().mean() < 1.25
-    assert torch.isclose(counts[frequent].sum() / total, chances[frequent].sum(), atol=0.02)
-
-
-def paper_bound(logits, sampling):
-    """p and min(epsilon, delta * exp(-entropy)), as the paper has it."""
-    p = (logits.double() / sampling.temperature).softmax(-1)
-    entropy = -(p * p.log()).sum()
-    return p, min(sampling.epsilon, sampling.delta * torch.exp(-entropy).item())
-
-
-@pytest.mark.parametrize("epsilon, delta", [(0.09, 0.3), (0.3, 0.9), (0.02, 0.05)])
-def test_typical_acceptance_is_the_papers(epsilon, delta):
-    """Each pass accepts the longest way whose tokens are all typical, and none other; of equal ones the likeliest."""
-    model, sampling = make_model(), Sampling(1.0, True, epsilon, delta)
-    tree = bushy(3)
-    decoder = Decoder(model, tree, 1, 80, sampling, graph=False)  # or the next pass is under way already
-    text, lengths, refused = list(PROMPTS[0]), [], 0
-    generator = decoder.run([PROMPTS[0]], 60)
-    text += next(generator)[0]
-    for _ in range(10):
-        guesses = decoder.tokens[0].tolist()
-        assert guesses[0] == text[-1]
-        ways = {}
-        for path in [(), *tree]:
-            tokens = [guesses[1 + tree.index(path[:depth])] for depth in range(1, len(path) + 1)]
-            logits = model.backbone(torch.tensor([text + tokens], device=DEVICE)).logits[0, -len(tokens) - 1 :].cpu()
-            chances, fine = 1.0, True
-            for token, row in zip(tokens, logits, strict=False):
-                p, bound = paper_bound(row, sampling)
-                fine, chances = fine and p[token] > bound, chances * p[token].item()
-            refused += not fine
-            if fine:
-                ways[tuple(tokens)] = (len(tokens), chances, *paper_bound(logits[-1], sampling))
-        want = max(ways, key=lambda way: ways[way][:2])
-        (new,) = next(generator)
-        assert tuple(new[:-1]) == want
-        p, bound = ways[want][2:]
-        assert p[new[-1]] > bound  # the token behind them is drawn from the typical ones
-        text += new
-        lengths.append(len(new))
-    assert max(lengths) > 1
-    assert refused > 0
-
-
-def test_a_lower_temperature_is_less_random():
-    model = make_model()
-    colder = [decode(Decoder(model, bushy(3), 64, 40, Sampling(t)), [PROMPTS[0]] * 64, 20)[0] for t in (0.01, 3.0)]
-    assert [len(set(map(tuple, answers))) > 32 for answers in colder] == [False, True]
-
-
-def test_answer_all_is_plain_decoding_batch_by_batch():
-    model = make_model(heads=0)
-    prompts = [PROMPTS[i % 4] + [i % VOCAB] for i in range(7)]
-    want = [greedy(model.backbone, prompt, 20, eos=3) for prompt in prompts]
-    assert list(answer_all(model, prompts, 20, 3, {3})) == want
-    assert {len(answer) for answer in want} != {20}
-    assert list(answer_all(model, [], 20, 3, {3})) == []
-
-
 def test_step_ms_is_a_time():
     decoder = Decoder(make_model(), bushy(3), 1, 40)
     assert 0 < decoder.step_ms(PROMPTS[0], 3) < 10_000
     assert int(decoder.length) == len(PROMPTS[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache(dtype):
-    """What a pass writes stands behind each row's length, and what is accepted moves, with sources and targets that
-    overlap; nothing else changes."""
-    layers, batch, heads, size, places = 2, 2, 3, 4, 20
-    cache, expected = TreeCache(layers, places, kernels=False), torch.zeros(layers, 2, batch, heads, places, size)
-    expected = expected.to(DEVICE, dtype)
-    for lengths, count in ((None, 6), ([3, 6], 5)):
-        cache.length = lengths and torch.tensor(lengths, device=DEVICE)[:, None]
-        for layer in range(layers):
-            new = torch.randn(2, batch, count, heads, size, device=DEVICE).to(dtype).transpose(2, 3)
-            for row, start in enumerate(lengths or [0, 0]):
-                expected[layer, :, row, :, start : start + count] = new[:, row]
-            found = cache.update(*new, layer)
-            assert all(map(torch.equal, found, expected[layer] if lengths else new))
-    source, target = torch.tensor([[3, 5, 7], [6, 7, 9]], device=DEVICE), torch.tensor([[3, 4, 5], [6, 7, 8]])
-    cache.move(source, target.to(DEVICE))
-    before = expected.clone()
-    for row, pairs in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
-        for old, new in zip(*pairs, strict=True):
-            expected[:, :, row, :, new] = before[:, :, row, :, old]
-    assert torch.equal(cache.states, expected)
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("tree", [[], bushy(3)])
 def test_bf16_on_a_gpu(tree):
     """Several rows are products of their own there, and a graph replays them as they are; heads of another type than
@@ -373,7 +188,6 @@ def test_bf16_on_a_gpu(tree):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, True)])
 def test_a_captured_pass_is_the_pass(sampling):
     model = make_model()
@@ -389,7 +203,7 @@ def test_a_captured_pass_is_the_pass(sampling):
     assert all(min(passes) < 55 for _, passes in results)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("tree", [[], bushy(2)])
 def test_the_kernels_decode_the_same(tree, rows, monkeypatch):

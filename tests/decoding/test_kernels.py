@@ -113,7 +113,6 @@ def test_keys_and_values_are_written_behind_the_text(dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("nodes", [1, 17, 64, 65])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 8, 128), (9, 3, 64), (8, 4, 256)])
 def test_attention_in_a_graph_follows_the_length(heads, kv_heads, size, nodes):

@@ -117,7 +117,6 @@ def test_all_heads_at_once(heads, blocks, dtype, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("rows", [1, 9, 33, 64])
 @pytest.mark.parametrize(("inputs", "sizes"), LLAMA + SMALL)
 @torch.no_grad()

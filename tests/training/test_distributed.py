@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import logged, weights
-from lab import CASES, CLIP, EACH, HSDP, NO_DIFFERENCE, STAGE_1, STEPS, assert_close, figures
+from lab import CASES, CLIP, EACH, HSDP, INTERPRETED, NO_DIFFERENCE, STAGE_1, STEPS, assert_close, figures
 
+pytestmark = pytest.mark.processes
 FEW = ("stage 1", "stage 2", "tied, stage 1", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2")
 FEW += ("best, stage 1",)
 
@@ -78,8 +79,10 @@ def test_one_process_of_a_node_reads_the_backbone(lab):
     assert_close(each.out, lab.never_stopped("one process", "stage 2").out)
 
 
+@pytest.mark.interpreter
 def test_an_fp8_backbone_is_sharded_like_another(lab):
     flags = STAGE_1 | {"--fp8_backbone": True, "--bf16": True, "--use_liger": False, "--max_steps": 2}
-    one, two = (lab.run(kind, flags, environment={"TRITON_INTERPRET": "1"}) for kind in ("one process", "FSDP2"))
+    slow = {"environment": {"TRITON_INTERPRET": "1"}, "timeout": INTERPRETED}
+    one, two = (lab.run(kind, flags, **slow) for kind in ("one process", "FSDP2"))
     assert all("fp8: 14 linear layers" in run.logs[0] for run in (one, two))
     assert_close(two.out, one.out, rel=1e-2, atol=1e-2)

@@ -3,7 +3,7 @@ rounds, so errors are twice as large on a CPU."""
 
 import pytest
 import torch
-from conftest import make_backbone, weights
+from conftest import TRITON, make_backbone, weights
 
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
@@ -11,15 +11,6 @@ from training import fp8
 
 # Relative, of a rounded number: at most 1/16 (1/8 where it is cut), evenly spread.
 ERROR = {"cpu": 0.1, "cuda": 0.045}
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if (request.param == "cuda") != torch.cuda.is_available():
-        pytest.skip(
-            "no CUDA device" if request.param == "cuda" else "Triton's interpreter is off where there is a GPU"
-        )
-    return request.param
 
 
 def error(a, b):
@@ -78,6 +69,7 @@ def test_no_gpu_is_refused(monkeypatch):
         fp8.use_fp8(make_backbone(), torch.device("cpu"))
 
 
+@TRITON
 def test_training_with_it(train):
     """Heads learn from slightly other hidden states, and the saved heads are as usual."""
     flags = ("--max_steps", 2, "--medusa_only_heads", True, "--bf16", True, "--use_liger", False)

@@ -12,10 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, logged, make_backbone, make_conversations, make_tokenizer, weights, write_jsonl
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.processes]
 CASES = {
     "stage 1": (True, "untied"),
     "stage 2": (False, "untied"),

@@ -10,6 +10,8 @@ from lab import CASES, HSDP, STAGE_1, STAGE_2, STEPS, Run, assert_close, assert_
 
 from common.errors import BadInput
 
+pytestmark = pytest.mark.processes
+
 # ---- going on from a checkpoint ----
 
 

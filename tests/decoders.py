@@ -1,0 +1,61 @@
+"""A tiny model whose guesses are right often enough to exercise every way through a tree, trees, and plain decoding.
+
+The vocabulary has 9 tokens, for several tests of decoding/.
+"""
+
+import copy
+import itertools
+import random
+
+import torch
+from conftest import make_backbone, randomise
+
+from medusa_model import MedusaConfig, MedusaModel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = 9
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0, 3]]
+
+
+def make_model(heads=3, **kwargs) -> MedusaModel:
+    model = MedusaModel.from_backbone(
+        make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs), MedusaConfig(medusa_num_heads=heads)
+    )
+    randomise(model.medusa_heads, 0.5)
+    return model.eval().to(DEVICE)
+
+
+def bushy(heads, ranks=3):
+    return [path for depth in range(1, heads + 1) for path in itertools.product(range(ranks), repeat=depth)]
+
+
+def random_tree(heads, nodes, seed):
+    """Any valid tree of so many nodes: each hangs on one that is there."""
+    rng, paths = random.Random(seed), set()
+    while len(paths) < (nodes if heads > 1 else min(nodes, VOCAB)):
+        parent = rng.choice([(), *sorted(paths)])
+        if len(parent) < heads:
+            paths.add((*parent, rng.randrange(VOCAB)))
+    return sorted(paths, key=lambda path: (len(path), path))
+
+
+def greedy(backbone, prompt, max_new_tokens, eos=None) -> list[int]:
+    """What transformers decodes, with the attention it calls eager."""
+    backbone = copy.deepcopy(backbone)
+    backbone.set_attn_implementation("eager")
+    ids = torch.tensor([prompt], device=DEVICE)
+    out = backbone.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+        eos_token_id=eos, pad_token_id=0,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+def decode(decoder, prompts, max_new_tokens, eos=frozenset()):
+    """-> (new tokens of each prompt, passes each took after the prefill)."""
+    answers, passes = [[] for _ in prompts], [-1] * len(prompts)
+    for new in decoder.run(prompts, max_new_tokens, eos):
+        for row, tokens in enumerate(new):
+            answers[row] += tokens
+            passes[row] += bool(tokens)
+    return answers, passes
