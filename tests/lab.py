@@ -92,6 +92,7 @@ class Lab:
         common = rendezvous() | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         processes, logs = [], [self.root / f"run-{self.count}.{rank}.log" for rank in range(world)]
         for rank, log in enumerate(logs):
+            log.touch()  # it is read even if the process is killed before it begins
             variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
             variables |= READS.get(kind, {}) | environment
             argv = self.argv(kind, out, flags | (rank_1 if rank == 1 else {}))
