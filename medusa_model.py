@@ -85,7 +85,7 @@ class MedusaModel(PreTrainedModel):
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer compares them with the tokenizer's
             setattr(config, name, getattr(text_config, name, None))
-        self.loss_impl = "torch"  # until choose_kernels()
+        self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
         self.backbone_frozen = False
         units = ["MedusaHead"] if config.medusa_num_heads else []
         self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
@@ -126,9 +126,14 @@ class MedusaModel(PreTrainedModel):
         """Chooses how the heads' loss is computed on `device`, and on a GPU puts Liger's kernels into the backbone."""
         self.loss_impl = choose_impl(use_liger, device)
         if use_liger and device.type == "cuda":
-            # RMSNorm, RoPE and SwiGLU only. By default Liger would also replace the backbone's forward by one with its
-            # own loss.
+            self.use_liger_in_backbone()
+
+    def use_liger_in_backbone(self):
+        """Liger's RMSNorm, RoPE and SwiGLU: a kernel each. Does nothing the second time."""
+        if not self.has_liger:
+            # By default Liger would also replace the backbone's forward by one with its own loss.
             apply_liger_kernel(self.backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+            self.has_liger = True
 
     def freeze_backbone(self):
         """Stage 1: the backbone stores no activations, gets no gradient and stays in eval mode."""

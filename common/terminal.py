@@ -10,6 +10,8 @@ def start():
     in a file or a pipe every update would add half a line."""
     first = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    # Liger lists each back end that is not installed, and each model it is put into: nobody has to act on either.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         if datasets := sys.modules.get("datasets"):  # not imported here: some scripts do without
             datasets.disable_progress_bars()

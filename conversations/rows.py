@@ -37,7 +37,7 @@ def encode_lazily(rows: dict, tokenizer, max_length: int, min_length: int) -> di
     for i, number in enumerate(rows["record"]):
         row = encode_record({key: column[i] for key, column in rows.items()}, tokenizer, max_length, min_length)
         if row["problem"]:
-            logger.warning("record %d counts nothing: %s", number, row["problem"])
+            logger.warning("record %d is left out of the loss: %s", number, row["problem"])
             row = {"input_ids": [0], "labels": [IGNORE]}
         encoded.append(row)
     return {key: [row[key] for row in encoded] for key in ("input_ids", "labels")}

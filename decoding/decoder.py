@@ -89,7 +89,7 @@ class Decoder:
         self.products: list[Products] = []
         self.all_heads: AllHeads | None = None
         if device.type == "cuda":
-            model.choose_kernels(use_liger=True, device=device)  # norms, RoPE and SwiGLU become one kernel each
+            model.use_liger_in_backbone()
             self.products = sharing(model.backbone)
             if batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
                 self.all_heads = AllHeads(heads)

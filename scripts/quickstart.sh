@@ -50,7 +50,7 @@ cat <<EOT
 
 The text is the same, in fewer passes of the backbone: that is what heads give. Whether it takes less time depends on how
 much longer a pass over several tokens is than over one. In fp32 on a CPU twice as long; in bf16 on a CPU that has it
-1.3 times; on an H100 with LLaMA-3-8B shapes 1.3 times for 64 tokens (docs/decoding.md). There it pays.
+1.2 to 1.4 times; on an H100 with LLaMA-3-8B shapes 1.3 times for 64 tokens (docs/decoding.md). There it pays.
 
 The heads are in $OUTPUT_DIR/medusa_lm_head.safetensors, their settings in config.json beside it.
 Next: MAX_STEPS=2000 bash scripts/quickstart.sh for better ones, or your own model:

@@ -30,6 +30,7 @@ def test_the_first_process_speaks_and_the_others_warn(rank, level, monkeypatch, 
     terminal.start()
     logging.getLogger("a module").info("a line")
     logging.getLogger("a module").warning("a warning")
+    logging.getLogger("liger_kernel.backends.registry").warning("Backend impl could not be imported")
     assert logging.getLogger().level == level
     assert capsys.readouterr().err == ("a line\n" if level == logging.INFO else "") + "a warning\n"
 

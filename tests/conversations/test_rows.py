@@ -102,7 +102,7 @@ def test_lazy_rows_that_cannot_be_used_count_nothing(caplog):
     rows = prepare(data, "chats", make_tokenizer("gemma"), 100, lazy=True)[0:2]
     assert any(label != IGNORE for label in rows["labels"][0])
     assert rows["labels"][1] == [IGNORE]
-    assert "record 2 counts nothing" in caplog.text
+    assert "record 2 is left out of the loss" in caplog.text
 
 
 def test_by_length():
