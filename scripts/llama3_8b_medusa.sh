@@ -7,7 +7,8 @@
 #   MODEL=... DATA_PATH=my_chats.jsonl OUTPUT_DIR=... NUM_GPUS=2 bash scripts/llama3_8b_medusa.sh
 #
 # It makes .venv the first time (VENV=none: the Python that is active) and takes the variables of scripts/launch.sh,
-# which has GPUs and nodes. Several nodes: run `bash scripts/setup.sh` once before; SLURM: scripts/slurm_...sh.
+# which has GPUs and nodes. Several nodes: run `bash scripts/setup.sh` on one of them before. SLURM: sbatch
+# scripts/slurm_llama3_8b_medusa.sh.
 #
 # Memory: 16 bytes a trained weight (fp32 weight, gradient and two Adam moments), 2 a frozen one (bf16).
 #   stage 1, one GPU    8.0 B x 2 = 16 GB, and for each head 0.54 B x 16 = 8.7 GB: 5 heads 60 GB, 3 heads 43 GB, and

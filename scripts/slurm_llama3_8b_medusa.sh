@@ -29,6 +29,8 @@ MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | he
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" # two jobs of one node must not meet
 export MASTER_ADDR MASTER_PORT
 
+. scripts/setup.sh # here, on the first node, so that the nodes do not all make .venv at once
+
 # One task a node, which starts a process per GPU. srun does not inherit --cpus-per-task, and without
 # --kill-on-bad-exit the other nodes would wait for one that failed.
 exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
