@@ -137,7 +137,7 @@ def measure(args, model: MedusaModel, tokenizer, data) -> dict:
     """The figures of both texts. data: the conversations."""
     if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
         context, eos = context_length(model.backbone), end_tokens(model.backbone)
-    collate = Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+    collate = Collator.of(tokenizer)
     min_length = len(model.medusa_heads) + 2
     rows = prepare(data, args.data_path, tokenizer, args.model_max_length, min_length, by_length=True)
     result = reference_text(model, DataLoader(rows, args.batch_size, collate_fn=collate))

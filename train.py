@@ -48,7 +48,7 @@ def main():
         args=training_args,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=Collator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0),
+        data_collator=Collator.of(tokenizer),
         processing_class=tokenizer,
         meter=EfficiencyCallback(FlopCount.of(model), training_args.device, world_size=training_args.world_size),
         run=identity,

@@ -41,6 +41,11 @@ class Collator:
     def __init__(self, pad_token_id: int, pad_to: int | None = None):
         self.pad_token_id, self.pad_to = pad_token_id, pad_to
 
+    @classmethod
+    def of(cls, tokenizer) -> "Collator":
+        """Pads with the tokenizer's pad token; without one, with any token: padding is no label."""
+        return cls(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         longest = self.pad_to or -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
         fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}

@@ -55,6 +55,11 @@ class ModelArguments:
         default=False, metadata={"help": "Run the code a model brings along. Read it first."}
     )
 
+    @property
+    def num_heads(self) -> int:
+        """K, or 0 with --medusa_return False."""
+        return self.medusa_num_heads if self.medusa_return else 0
+
 
 @dataclass
 class DataArguments:

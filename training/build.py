@@ -36,7 +36,7 @@ def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Pat
     model = MedusaModel.from_backbone(
         backbone,
         MedusaConfig(
-            medusa_num_heads=model_args.medusa_num_heads if model_args.medusa_return else 0,
+            medusa_num_heads=model_args.num_heads,
             medusa_num_layers=model_args.medusa_num_layers,
         ),
         dtype=trainable,

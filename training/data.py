@@ -17,8 +17,7 @@ def load_data(model_args, data_args, training_args, tokenizer) -> tuple[Dataset,
         eval_data = load_conversations(data_args.eval_data_path, cache_dir) if data_args.eval_data_path else None
         train_data = load_conversations(data_args.data_path, cache_dir)
         train_data, eval_data = split_conversations(train_data, eval_data, data_args.eval_holdout)
-        num_heads = model_args.medusa_num_heads if model_args.medusa_return else 0
-        lengths = {"max_length": data_args.model_max_length, "min_length": num_heads + 2}
+        lengths = {"max_length": data_args.model_max_length, "min_length": model_args.num_heads + 2}
         ways = {"lazy": data_args.lazy_preprocess, "packing": data_args.packing}
         train_data = prepare(train_data, data_args.data_path, tokenizer, **ways, **lengths)
         if eval_data is not None:

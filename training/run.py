@@ -24,7 +24,7 @@ def describe(model_args, training_args) -> dict:
     """What run.json says of a run, except for its data. A run that resumes a checkpoint must have the same."""
     base = model_args.model_name_or_path
     return {
-        "medusa_num_heads": model_args.medusa_num_heads if model_args.medusa_return else 0,
+        "medusa_num_heads": model_args.num_heads,
         "medusa_num_layers": model_args.medusa_num_layers,
         "medusa_only_heads": training_args.medusa_only_heads,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,

@@ -1,6 +1,5 @@
 """benchmark/head_loss.py at tiny sizes: its comparison of losses and gradients. What it measures needs a GPU."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -8,13 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TRITON
+from csvs import rows_of
 
 import model.loss
-
-
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -39,7 +34,7 @@ def smoke(head_loss, monkeypatch, tmp_path):
         monkeypatch.setattr("head_loss.linear_cross_entropy", patched)
         monkeypatch.setattr("sys.argv", ["head_loss.py", "--smoke", "--out", str(tmp_path / "head_loss.csv")])
         head_loss.main()
-        return read(tmp_path / "head_loss.csv")
+        return rows_of(tmp_path / "head_loss.csv")
 
     return run
 
@@ -50,7 +45,7 @@ def test_every_implementation_is_a_row(tmp_path):
     command = [sys.executable, "benchmark/head_loss.py", "--smoke", "--repeats", "1", "--out", tmp_path / "out.csv"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read(tmp_path / "out.csv")
+    rows = rows_of(tmp_path / "out.csv")
     assert [(row["rows"], row["implementation"], row["chunk_rows"]) for row in rows] == [
         ("64", "torch, all logits", "64"),
         ("64", "liger, default chunks", "8"),

@@ -1,6 +1,5 @@
 """benchmark/memory.py on a CPU: the real trainer as rank 0 of 8. What it measures needs a GPU."""
 
-import csv
 import os
 import re
 import subprocess
@@ -8,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, rendezvous
+from csvs import rows_of
 
 pytestmark = pytest.mark.processes
 COLUMNS = "stage heads batch_size world_size length implementation options group peak_gib resting_gib step_time_s "
@@ -58,8 +58,7 @@ def test_one_rank_of_eight(stage, tmp_path):
     models = [line.split()[1:] for line in printed.splitlines() if line.startswith("model ")]
     # An eighth of all weights, the heads that are units, and no model of before is still in memory.
     assert models == [["1.0", units, "0"] for units in "000012"]
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out)
     measured = [(row["implementation"], row["heads"], row["length"], row["peak_gib"]) for row in rows]
     expected = []
     for implementation in ("hf", "liger", "ours"):  # whatever the order of the flags: Liger's kernels stay
@@ -102,8 +101,7 @@ def test_a_real_group(stage, fsdp, implementation, tmp_path):
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], [errors[-3000:] for _, errors in printed]
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out)
     assert list(rows[0]) == COLUMNS.split() and [row["length"] for row in rows] == ["16", "24"]
     for row, length in zip(rows, (16, 24), strict=True):
         assert row["group"] == "real" and row["world_size"] == "2" and row["options"] == f"fsdp{fsdp}"

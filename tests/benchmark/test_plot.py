@@ -1,9 +1,9 @@
 """benchmark/plot.py: the bars and texts of each picture, from small CSVs."""
 
-import csv
 import sys
 
 import pytest
+from csvs import write
 
 from benchmark import plot
 
@@ -21,14 +21,6 @@ def throughput(stage, heads, implementation, *figures, options="", data="random"
     common = {"stage": stage, "heads": heads, "batch_size": batch_size, "data": data, "options": options} | GPU
     common |= {"implementation": implementation}
     return [common | {"length": n, "tokens_per_s": x} for n, x in zip(plot.LENGTHS, figures, strict=False)]
-
-
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 @pytest.fixture

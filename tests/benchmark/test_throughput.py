@@ -1,12 +1,12 @@
 """benchmark/throughput.py on a CPU: its rows, and that it notices when two implementations do not do the same work."""
 
-import csv
 import sys
 
 import pytest
 import throughput
 import torch
 from conftest import make_conversations, make_tokenizer, write_jsonl
+from csvs import rows_of
 
 from model import heads
 from training.trainer import MedusaTrainer
@@ -24,7 +24,7 @@ def bench(tmp_path, monkeypatch):
         try:
             throughput.main()
         finally:
-            rows = list(csv.DictReader(out.open()))
+            rows = rows_of(out)
         return rows
 
     return run
