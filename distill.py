@@ -4,29 +4,36 @@ words, because those are what they have to guess (Medusa paper, section 2.3).
     python distill.py --model_name_or_path models/SmolLM2-135M-Instruct --prompts data/quickstart_prompts.txt \
         --output data/quickstart.jsonl --max_new_tokens 512 --batch_size 50
 
---prompts is a text file with one prompt per line, or a file of conversations, whose first questions are asked. Run
+--prompts is a text file with one prompt per line, or a file of conversations, each asked up to its first answer. Run
 again with the same --output, it continues after the last whole batch there. An answer that does not end within
 --max_new_tokens is marked `"unfinished": true`: heads train on its text, but learn no end of turn from it.
+
+Beside the messages a record has the tokens that the model read and wrote (`prompt_ids`, `answer_ids`). train.py trains
+on those: they are the context in which the model answered, thoughts included, whatever the chat template would make of
+the messages.
 """
 
+import argparse
 import io
 import json
 import logging
 import sys
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from common import errors, terminal
 from common.errors import BadInput
 from common.files import write_atomically
-from conversations.prompts import read_prompts, tokenise
+from conversations.options import add_options, parse_kwargs
+from conversations.prompts import read_prompts, tokenise, with_system
+from conversations.template import ChatTemplate
+from conversations.thoughts import OPEN_END
 from conversations.tokenizer import load_tokenizer
 from decoding.answers import answer_all
 from medusa_model import MedusaConfig, MedusaModel
@@ -35,19 +42,29 @@ from model.backbone import context_length, end_tokens, load_backbone
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Arguments:
-    model_name_or_path: str = field(metadata={"help": "The chat model: the backbone the heads will be trained for."})
-    prompts: str = field(metadata={"help": "A .txt file, one prompt a line; or .json/.jsonl conversations."})
-    output: str = field(metadata={"help": "The .jsonl file to write or go on with."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longer answers are cut and marked unfinished."})
-    max_prompt_length: int = field(
-        default=1024, metadata={"help": "Prompts of more tokens, chat template included, are left out."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Prompts answered at once."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy: the model's most likely words."})
-    limit: int | None = field(default=None, metadata={"help": "Answer only the first so many prompts."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling, if --temperature is above 0."})
+def parse_arguments() -> argparse.Namespace:
+    """Raises BadInput for impossible numbers, before anything loads."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="the chat model: the backbone the heads will be trained for")
+    add("--prompts", required=True, help="a .txt file, one prompt a line; or conversations, as train.py reads them")
+    add("--output", required=True, type=Path, help="the .jsonl file to write or go on with")
+    add("--system", help="a system turn for prompts that have none")
+    add("--max_new_tokens", type=int, default=512, help="longer answers are cut and marked unfinished")
+    add("--max_prompt_length", type=int, default=1024, help="prompts of more tokens, template included, are left out")
+    add("--batch_size", type=int, default=32, help="prompts answered at once")
+    add("--temperature", type=float, default=0.0, help="0 is greedy: the model's most likely words")
+    add("--limit", type=int, help="answer only the first so many prompts")
+    add("--seed", type=int, default=0, help="of the sampling, if --temperature is above 0")
+    add_options(parser)
+    args = parser.parse_args()
+    counts = [args.batch_size, args.max_new_tokens, args.max_prompt_length]
+    if min(counts + [args.limit] * (args.limit is not None)) < 1 or args.temperature < 0:
+        raise BadInput(
+            "--batch_size, --max_new_tokens, --max_prompt_length and --limit must be 1 or more, --temperature 0 or "
+            "more"
+        )
+    return args
 
 
 def answered(output: Path, asked: list[int], batch_size: int) -> int:
@@ -71,7 +88,7 @@ def answered(output: Path, asked: list[int], batch_size: int) -> int:
     return done
 
 
-def load(args: Arguments) -> tuple[MedusaModel, set[int]]:
+def load(args) -> tuple[MedusaModel, set[int]]:
     """The model, without heads, and its end tokens. Raises BadInput if there are none, or if a prompt and its answer
     may not fit into the model's context."""
     backbone = load_backbone(args.model_name_or_path, dtype=torch.bfloat16)
@@ -97,22 +114,26 @@ def to_text(answer: list[int], ends: set[int], tokenizer) -> tuple[str, str]:
     return text.strip(), kind if text.strip() else "empty"
 
 
+def to_record(number: int, conversation: dict, prompt_ids: list[int], answer: list[int], text: str, chat) -> dict:
+    """A line of the output. The messages are for other programs and for people; a thought that the prompt has opened
+    is whole there."""
+    opened = OPEN_END.search(chat.tokenizer.decode(prompt_ids))
+    turns = [*conversation["messages"], {"role": "assistant", "content": (opened[0] if opened else "") + text}]
+    record = {"prompt": number, "messages": turns}
+    if conversation.get("tools"):
+        record["tools"] = conversation["tools"]
+    return record | {"prompt_ids": prompt_ids, "answer_ids": answer}
+
+
 def main():
     terminal.start()
-    try:
-        (args,) = HfArgumentParser(cast(Any, Arguments)).parse_args_into_dataclasses()  # its annotation is a NewType
-    except ValueError as error:  # an unknown flag
-        raise BadInput(str(error)) from error
-    counts = [args.batch_size, args.max_new_tokens, args.max_prompt_length]
-    if min(counts + [args.limit] * (args.limit is not None)) < 1 or args.temperature < 0:
-        raise BadInput(
-            "--batch_size, --max_new_tokens, --max_prompt_length and --limit must be 1 or more, --temperature 0 or "
-            "more"
-        )
-    prompts = read_prompts(args.prompts)[: args.limit]
-    output = Path(args.output)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    ids = dict(enumerate(tokenise([[{"role": "user", "content": prompt}] for prompt in prompts], tokenizer), 1))
+    args = parse_arguments()
+    kwargs, output = parse_kwargs(args.chat_template_kwargs), args.output
+    prompts = read_prompts(args.prompts, config=args.dataset_config, split=args.train_split)[: args.limit]
+    prompts = [with_system(conversation, args.system) for conversation in prompts]
+    tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
+    chat = ChatTemplate(tokenizer, kwargs=kwargs)
+    ids = dict(enumerate(tokenise(prompts, chat), 1))
     asked = [number for number in ids if len(ids[number]) <= args.max_prompt_length]
     batch_size = min(args.batch_size, len(asked)) or 1
     done = answered(output, asked, batch_size)
@@ -134,13 +155,13 @@ def main():
             if place % batch_size == 0:  # the next answer begins a batch
                 file.flush()
                 set_seed(args.seed + place)  # so that a resumed run draws the same samples
-            text, kind = to_text(next(answers), ends, tokenizer)
+            answer = next(answers)
+            text, kind = to_text(answer, ends, tokenizer)
             kinds[kind] += 1
             bar.update()
             if kind == "empty":
                 continue
-            messages = [{"role": "user", "content": prompts[number - 1]}, {"role": "assistant", "content": text}]
-            record = {"prompt": number, "messages": messages}
+            record = to_record(number, prompts[number - 1], ids[number], answer, text, chat)
             if kind == "unfinished":
                 record["unfinished"] = True
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -24,7 +24,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 
 from common import errors, terminal
@@ -32,14 +31,17 @@ from common.errors import BadInput
 from common.files import write_atomically
 from common.terminal import markdown
 from conversations.batches import Collator
+from conversations.options import add_options, parse_kwargs
 from conversations.prompts import ask, tokenise
 from conversations.rows import prepare
 from conversations.sources import load_conversations, split_conversations
+from conversations.summary import Summary
+from conversations.template import ChatTemplate, Refusal
 from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import TOP
 from decoding.accuracy import own_text, reference_text
 from medusa_model import MedusaModel
-from model.backbone import context_length, end_tokens
+from model.backbone import context_length, end_tokens, stop_tokens
 from model.heads_file import find_heads
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
-    add("--data_path", required=True, help="conversations, as for train.py")
+    add("--data_path", required=True, nargs="+", help="conversations, as for train.py")
+    add("--eval_split", help="the split of --data_path to read, instead of --train_split")
     add("--eval_holdout", type=float, default=0, help="only the last N (a share if below 1)")
     add("--model_max_length", type=int, default=2048, help="longer conversations are cut")
     add("--max_new_tokens", type=int, default=256, help="the backbone's answers are cut; 0: none")
@@ -58,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of backbone and heads")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write the figures there (default: HEADS/accuracy.json)")
+    add_options(parser)
     args = parser.parse_args()
     if args.max_new_tokens < 0 or args.batch_size < 1:
         raise BadInput("--max_new_tokens must be 0 or more, --batch_size 1 or more")
@@ -71,13 +75,13 @@ def make_room(path: Path):
         raise BadInput(f"cannot write into {path.parent}: name another place with --output_json")
 
 
-def first_prompts(conversations: list[list[dict]], tokenizer, longest: int) -> list[list[int]]:
+def first_prompts(conversations, chat: ChatTemplate, longest: int) -> list[list[int]]:
     """Tokens of what comes before each conversation's first answer, as a prompt. Leaves out prompts of more than
     `longest` tokens and those that the chat template refuses."""
     prompts = []
-    for messages in conversations:
-        with suppress(TemplateError):  # `prepare` has logged the reason
-            prompts += tokenise([ask(messages)], tokenizer)
+    for conversation in conversations:
+        with suppress(Refusal):  # `prepare` has counted it
+            prompts += tokenise([conversation | {"messages": ask(conversation["messages"])}], chat)
     prompts = [prompt for prompt in prompts if len(prompt) <= longest]
     if left_out := len(conversations) - len(prompts):
         logger.warning(
@@ -133,17 +137,18 @@ def draw(result: dict, path: Path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", facecolor="white"))
 
 
-def measure(args, model: MedusaModel, tokenizer, data) -> dict:
+def measure(args, model: MedusaModel, chat: ChatTemplate, data, summary: Summary) -> dict:
     """The figures of both texts. data: the conversations."""
     if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
         context, eos = context_length(model.backbone), end_tokens(model.backbone)
-    collate = Collator.of(tokenizer)
+    collate = Collator.of(chat.tokenizer)
     min_length = len(model.medusa_heads) + 2
-    rows = prepare(data, args.data_path, tokenizer, args.model_max_length, min_length, by_length=True)
+    rows = prepare(data, summary, chat, args.model_max_length, min_length, by_length=True)
+    logger.info("%s", summary.table())
     result = reference_text(model, DataLoader(rows, args.batch_size, collate_fn=collate))
     if args.max_new_tokens:
         longest = min(args.model_max_length, context) - args.max_new_tokens
-        if prompts := first_prompts(data["messages"], tokenizer, longest):
+        if prompts := first_prompts(data, chat, longest):
             result["own"] = own_text(model, prompts, eos, args.max_new_tokens, collate, args.batch_size)
     return result
 
@@ -152,16 +157,20 @@ def main():
     terminal.start()
     args = parse_arguments()
     directory, stage2 = find_heads(args.heads)
-    tokenizer = load_tokenizer(str(stage2 or directory))
+    kwargs = parse_kwargs(args.chat_template_kwargs)
+    tokenizer = load_tokenizer(str(stage2 or directory), args.chat_template)
     output = args.output_json or Path(args.heads) / "accuracy.json"
     make_room(output)
-    data = load_conversations(args.data_path)
+    summary, split = Summary(" ".join(args.data_path)), args.eval_split or args.train_split
+    data = load_conversations(args.data_path, summary, config=args.dataset_config, split=split)
     if args.eval_holdout:
         data = split_conversations(data, None, args.eval_holdout)[1]
     dtype = getattr(torch, args.dtype)
     model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"heads": str(directory), "data_path": args.data_path} | measure(args, model, tokenizer, data)
+    chat = ChatTemplate(tokenizer, stop_tokens(model.backbone), kwargs)
+    result = {"heads": str(directory), "data_path": " ".join(args.data_path)}
+    result |= measure(args, model, chat, data, summary)
     print(report(result))
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     write_atomically(output, lambda path: path.write_text(f"{{{text}}}\n"))

@@ -21,7 +21,9 @@ from common import errors, terminal
 from common.errors import BadInput
 from common.files import write_atomically
 from common.terminal import markdown
-from conversations.prompts import read_prompts, tokenise
+from conversations.options import add_options, parse_kwargs
+from conversations.prompts import question, read_prompts, tokenise, with_system
+from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import NODES
 from decoding.answers import Decoded, decode
@@ -43,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
     add("--prompt", action="append", default=[], help="what to ask; may be given several times")
-    add("--prompts", help="a .txt file, one prompt a line; or conversations, whose first questions are asked")
+    add("--prompts", help="a .txt file, one prompt a line; or conversations, asked up to their first answer")
     add("--limit", type=int, help="ask only the first so many")
     add("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
     add("--batch_size", type=int, default=1, help="prompts decoded at once")
@@ -63,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write answers and figures there")
+    add("--system", help="a system turn for prompts that have none")
+    add_options(parser)
     args = parser.parse_args()
     counts = [args.max_new_tokens, args.batch_size] + [args.limit] * (args.limit is not None)
     if min(counts) < 1 or (args.nodes or 0) < 0 or args.temperature < 0:
@@ -144,9 +148,13 @@ def main():
     terminal.start()
     args = parse_arguments()
     directory, stage2 = find_heads(args.heads)
-    texts = (args.prompt + (read_prompts(args.prompts) if args.prompts else []))[: args.limit]
-    tokenizer = load_tokenizer(str(stage2 or directory))
-    prompts = tokenise([[{"role": "user", "content": text}] for text in texts], tokenizer)
+    kwargs = parse_kwargs(args.chat_template_kwargs)
+    questions = [question(text) for text in args.prompt]
+    if args.prompts:
+        questions += read_prompts(args.prompts, config=args.dataset_config, split=args.train_split)
+    tokenizer = load_tokenizer(str(stage2 or directory), args.chat_template)
+    chat = ChatTemplate(tokenizer, kwargs=kwargs)
+    prompts = tokenise([with_system(asked, args.system) for asked in questions[: args.limit]], chat)
     model = load_model(args)
     choices, runs = decode_all(args, model, tokenizer, prompts)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in runs[-1].answers]

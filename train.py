@@ -13,8 +13,11 @@ import torch
 
 from callback import EfficiencyCallback, FlopCount
 from common import errors, terminal
+from conversations import preview
 from conversations.batches import Collator
-from conversations.tokenizer import load_tokenizer
+from conversations.options import parse_kwargs
+from conversations.template import ChatTemplate
+from conversations.tokenizer import load_stops, load_tokenizer
 from training import run
 from training.arguments import parse
 from training.build import build_model
@@ -33,15 +36,16 @@ ADVICE = {
 def main():
     terminal.start()
     model_args, data_args, training_args = parse(sys.argv[1:])
-    checkpoint = run.find_checkpoint(model_args, training_args)
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        model_args.chat_template,
-        cache_dir=training_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    train_data, eval_data = load_data(model_args, data_args, training_args, tokenizer)
-    identity = run.identity(model_args, training_args, checkpoint, train_data, eval_data)
+    checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, training_args)
+    date = run.first_day(checkpoint)
+    access = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    name = model_args.model_name_or_path
+    tokenizer = load_tokenizer(name, model_args.chat_template, **access)
+    chat = ChatTemplate(tokenizer, load_stops(name, **access), parse_kwargs(model_args.chat_template_kwargs), date)
+    train_data, eval_data = load_data(model_args, data_args, training_args, chat)
+    if data_args.show_data:
+        return preview.show(train_data, chat, data_args.show_data)
+    identity = run.identity(model_args, training_args, checkpoint, date, train_data, eval_data)
     model = build_model(model_args, data_args, training_args, tokenizer, checkpoint)
     trainer = MedusaTrainer(
         model=model,

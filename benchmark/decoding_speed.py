@@ -26,7 +26,8 @@ import torch
 from common import errors
 from common.errors import BadInput
 from common.files import write_atomically
-from conversations.prompts import read_prompts, tokenise
+from conversations.prompts import question, read_prompts, tokenise
+from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.answers import Decoded, decode
 from decoding.comparison import token_texts
@@ -119,12 +120,12 @@ def main():
         parser.error("--skip must be 0 or more, --limit and --batch_size 1 or more, --max_new_tokens 2 or more")
 
     directory, stage2 = find_heads(options.heads)
-    texts = read_prompts(options.prompts)[options.skip :][: options.limit]
-    if not texts:
+    asked = read_prompts(options.prompts)[options.skip :][: options.limit]
+    if not asked:
         raise BadInput(f"{options.prompts} has no prompts behind the first {options.skip}: lower --skip")
     accuracy = options.accuracy or Path(options.heads) / "accuracy.json"
     chance, heads, ranks = load_chance(accuracy)
-    tokenizer = load_tokenizer(str(stage2 or directory))
+    chat = ChatTemplate(load_tokenizer(str(stage2 or directory)))
     dtype = getattr(torch, options.dtype)
     model = MedusaModel.from_pretrained(options.heads, options.base_model, dtype=dtype, heads_dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,13 +133,10 @@ def main():
         raise BadInput(f"{accuracy} is of {heads} heads, but {options.heads} has {len(model.medusa_heads)}")
     eos, context = end_tokens(model.backbone), context_length(model.backbone)
 
-    def ask(texts: list[str]) -> list[list[int]]:
-        return tokenise([[{"role": "user", "content": text}] for text in texts], tokenizer)
-
     def decoder(tree: Choices, prompts: list[list[int]], batch_size: int) -> Decoder:
         return Decoder(model, tree, batch_size, min(context, max(map(len, prompts)) + options.max_new_tokens))
 
-    prompts, origin = ask(texts), setting.origin()
+    prompts, origin = tokenise(asked, chat), setting.origin()
     check_room(prompts, context)
     # Keyed by their nodes: where few paths have a chance, several sizes give the same tree.
     trees: dict[tuple[tuple[int, ...], ...], tuple[str, str, Choices]] = {}
@@ -174,12 +172,12 @@ def main():
         keys = ("tree", "nodes", "tokens_per_s", "tokens_per_pass", "expected_length", "step_ms", "speed_up")
         print(*(f"{key} {row[key]}" for key in keys), f"identical {row['identical']} of {len(prompts)}", flush=True)
     if options.trace:
-        text = options.trace_prompt or texts[0]
-        (prompt,) = ask([text])
+        traced = question(options.trace_prompt) if options.trace_prompt else asked[0]
+        text, (prompt,) = traced["messages"][-1]["content"], tokenise([traced], chat)
         recorded = {"prompt": text, "machine": machine(), "label": row["label"], "command": origin["command"]}
         for key, name in (("plain", "0"), ("heads", options.trace_nodes or fastest[1])):
             tree = make_tree(name, chance, heads, ranks)
-            passes = trace(decoder(tree, [prompt], 1), prompt, options.max_new_tokens, eos, tokenizer)
+            passes = trace(decoder(tree, [prompt], 1), prompt, options.max_new_tokens, eos, chat.tokenizer)
             recorded[key] = {"nodes": len(tree), "passes": passes}
         options.trace.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.trace, lambda path: path.write_text(json.dumps(recorded) + "\n"))

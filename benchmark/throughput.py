@@ -30,7 +30,9 @@ from callback import EfficiencyCallback, FlopCount
 from conversations.batches import Collator
 from conversations.rows import prepare
 from conversations.sources import load_conversations
-from conversations.tokenizer import load_tokenizer
+from conversations.summary import Summary
+from conversations.template import ChatTemplate
+from conversations.tokenizer import load_stops, load_tokenizer
 from training.arguments import TrainingArguments
 
 # The largest relative difference in bf16 between implementations that do the same work. The last loss depends on all
@@ -190,12 +192,13 @@ def random_tokens(options, length: int) -> dict:
 
 def conversations(options, length: int) -> dict:
     """name -> dataset of real conversations, one for each way to make batches of them."""
-    tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+    stops = load_stops(options.tokenizer)
+    chat = ChatTemplate(load_tokenizer(options.tokenizer, options.chat_template), stops)
     data = load_conversations(options.data_path)
     data = data.shuffle(seed=0).select(range(min(options.conversations, len(data))))
     limits = {"max_length": length, "min_length": max(options.heads) + 2}
-    rows = prepare(data, options.data_path, tokenizer, **limits)
-    packed = prepare(data, options.data_path, tokenizer, packing=True, **limits)
+    rows = prepare(data, Summary(options.data_path, len(data)), chat, **limits)
+    packed = prepare(data, Summary(options.data_path, len(data)), chat, packing=True, **limits)
     # Rows that know their length are grouped by it.
     return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed}
 

@@ -1,5 +1,6 @@
 """Tokenised conversations -> batches with little padding: packing, padding on the right, grouping by length."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import torch
@@ -11,22 +12,21 @@ from conversations.targets import IGNORE
 def pack(rows: dict, max_length: int) -> dict:
     """Packs conversations into rows of at most max_length tokens, for datasets.map. Best fit: the longest conversation
     first, each into the fullest row that still has room for it."""
-    bins: list[tuple[int, list[int]]] = []  # (tokens so far, conversations)
+    bins: list[list[int]] = []  # the conversations of each
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), the fullest first
     for index in sorted(range(len(rows["length"])), key=lambda i: -rows["length"][i]):
-        fits = [b for b, (used, _) in enumerate(bins) if used + rows["length"][index] <= max_length]
-        best = max(fits, key=lambda b: bins[b][0], default=None)
-        used, members = bins[best] if best is not None else (0, [])
-        placed = (used + rows["length"][index], [*members, index])
-        if best is None:
-            bins.append(placed)
-        else:
-            bins[best] = placed
+        place = bisect_left(rooms, (rows["length"][index], 0))
+        room, number = rooms.pop(place) if place < len(rooms) else (max_length, len(bins))
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(index)
+        insort(rooms, (room - rows["length"][index], number))
     packed: dict[str, list] = {
-        key: [[token for i in members for token in rows[key][i]] for _, members in bins]
+        key: [[token for i in members for token in rows[key][i]] for members in bins]
         for key in ("input_ids", "labels")
     }
-    packed["position_ids"] = [[p for i in members for p in range(rows["length"][i])] for _, members in bins]
-    packed["length"] = [used for used, _ in bins]
+    packed["position_ids"] = [[p for i in members for p in range(rows["length"][i])] for members in bins]
+    packed["length"] = [sum(rows["length"][i] for i in members) for members in bins]
     return packed
 
 

@@ -1,76 +1,144 @@
-"""A conversation -> input_ids, and labels that are set on the assistant's tokens only."""
+"""A conversation -> rows of tokens, with labels on what the model would write itself (conversations/answers.py)."""
 
-import os
+import itertools
+import logging
 import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+from common.errors import BadInput
+from conversations.answers import Row, find_quickly, find_rows
 from conversations.targets import IGNORE
+from conversations.template import ChatTemplate, Refusal
+
+logger = logging.getLogger(__name__)
+
+GENERATION = re.compile(r"\{%-?\s*generation\b")
+FOREIGN = "records whose tokens are not this tokenizer's: tokenised anew from their text"
 
 
-def assistant_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]], int]:
-    """The conversation as the chat template writes it, the `[start, end)` characters of each answer, and where the
-    text of the last answer ends, without white space at its end.
-
-    The conversation is rendered a second time with a mark in place of each answer. The text between the marks is the
-    template's own, and gives the exact place of every answer. (Rendering turn by turn fails for templates that write
-    a turn differently once another follows.) A span includes what the template writes after every answer (the
-    end-of-turn token), but not the white space after that. Raises ValueError if the template changes an answer.
-    """
-    mark = "\ue0f7{}\ue0f7"  # a private-use character: no template touches it
-    marked: list[dict] = []
-    answers: list[str] = []
-    for message in messages:
-        if message["role"] == "assistant":
-            message, answer = message | {"content": mark.format(len(answers))}, message["content"]
-            answers.append(answer)
-        marked.append(message)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    pieces = re.split("\ue0f7\\d+\ue0f7", tokenizer.apply_chat_template(marked, tokenize=False))
-    if len(pieces) != len(answers) + 1 or not text.startswith(pieces[0]):
-        raise ValueError("the chat template does not write every turn")
-    # What follows every answer, up to white space: "<|im_end|>" of "<|im_end|>\n". An EOS that only ends the text is
-    # not part of it.
-    end_of_turn = re.match(r"\s*\S*", os.path.commonprefix(pieces[1:]))  # noqa: RUF071 (it is no path)
-    assert end_of_turn  # the pattern matches any text
-    spans, at = [], len(pieces[0])
-    for answer, after in zip(answers, pieces[1:], strict=True):
-        for written in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
-            if text.startswith(written + after, at):
-                break
-        else:
-            raise ValueError("the chat template rewrites an answer: where it ends cannot be told")
-        end = at + len(written)
-        spans.append((at, end + len(end_of_turn[0].rstrip())))
-        at = end + len(after)
-    return text, spans, len(text[:end].rstrip())
+def recorded(conversation: dict, tokenizer) -> dict | None:
+    """The row of a record that holds the tokens which the model read and wrote (distill.py's), or None if they are not
+    this tokenizer's."""
+    prompt, answer = list(conversation["prompt_ids"]), list(conversation["answer_ids"])
+    if not answer or not 0 <= min(prompt + answer) <= max(prompt + answer) < len(tokenizer):
+        return None
+    # The last token may be the end, or half a character.
+    content = conversation["messages"][-1]["content"].strip()
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, answer[:-1])]
+    said = [text.strip() for whole in texts for text in (whole, whole.rstrip("\ufffd"))]
+    if not any(text and content.endswith(text) for text in said):
+        return None
+    return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer, "ends": [len(prompt + answer)]}
 
 
-def encode(messages: list[dict], tokenizer, max_length: int, unfinished: bool = False) -> dict:
-    """-> input_ids and labels `[T]`, T <= max_length. Labels are IGNORE outside the assistant's turns.
+def first_token(out, row: int, char: int, length: int) -> int:
+    """The first token of a row that has this character of its text, or one behind it."""
+    tokens = (out.char_to_token(row, at) for at in range(char, length))
+    return next((token for token in tokens if token is not None), len(out["input_ids"][row]))
 
-    The template's text already has the BOS token, so none is added. A template with `{% generation %}` itself says
-    which tokens are the assistant's. unfinished: cut after the text of the last answer, so that the model does not
-    learn an end where there was none. White space at that end is cut too: it may be half a token.
-    """
-    marks_answers = re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template())
-    if unfinished or not marks_answers:
-        text, spans, answers_end = assistant_spans(messages, tokenizer)
-    if marks_answers:
-        out = tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
+
+def tokenise(rows: list[Row], tokenizer) -> Iterator[dict]:
+    """-> input_ids, labels and where the answers end, of each row. A token is a label if it has a character of a span.
+    (Read from where the tokens lie in the text: a tokenizer that drops white space has no token there, and nothing
+    else is drawn in.)"""
+    if not rows:
+        return
+    texts = [row.text for row in rows]
+    out = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    for i, row in enumerate(rows):
+        ids = out["input_ids"][i]
+        labels, ends = [IGNORE] * len(ids), []
+        for start, end in row.spans:
+            first, behind = (first_token(out, i, char, len(row.text)) for char in (start, end))
+            while start < end and behind < len(ids) and out.token_to_chars(i, behind).start < end:
+                behind += 1
+            labels[first:behind] = ids[first:behind]
+            ends.append(behind)
+        yield {"input_ids": ids, "labels": labels, "ends": ends}
+
+
+@dataclass
+class Encoded:
+    """What became of one conversation. A row has input_ids and labels `[T]`, T <= max_length; labels are IGNORE
+    outside of what the model writes itself."""
+
+    rows: list[dict]
+    problem: str = ""  # why there are none
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+def encode_all(conversations: list[dict], chat: ChatTemplate, max_length: int) -> list[Encoded]:
+    """All rows of many conversations: the tokenizer is fast on many texts at once."""
+    results, texts, counts = [Encoded([]) for _ in conversations], [], []
+    for conversation, result in zip(conversations, results, strict=True):
+        found: list[Row] = []
+        if conversation.get("answer_ids"):
+            row = recorded(conversation, chat.tokenizer)
+            result.rows += [row] if row else []
+            result.notes.update([] if row else [FOREIGN])
+        if not result.rows:
+            try:
+                found, notes = find_quickly(conversation, chat) or find_rows(conversation, chat)
+                result.notes.update(notes)
+            except Refusal as refusal:
+                result.problem = str(refusal)
+        texts += found
+        counts.append(len(found))
+    tokens = tokenise(texts, chat.tokenizer)
+    for result, count in zip(results, counts, strict=True):
+        result.rows += itertools.islice(tokens, count)
+        for row in result.rows:
+            over = sum(end > max_length for end in row.pop("ends"))
+            if over:
+                result.notes[f"answers cut by --model_max_length {max_length}"] += over
+                row |= {key: row[key][:max_length] for key in ("input_ids", "labels")}
+    return results
+
+
+def encode(conversation: dict, chat: ChatTemplate, max_length: int) -> list[dict]:
+    """The rows of one conversation. Raises Refusal."""
+    (result,) = encode_all([conversation], chat, max_length)
+    if result.problem:
+        raise Refusal(result.problem)
+    return result.rows
+
+
+def check_template(chat: ChatTemplate):
+    """Says once what is unusual about the template. Raises BadInput if it cannot write a plain conversation."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "why"), ("assistant", "because"))] * 2
+    try:
+        chat.render(turns)
+        ends, rows = chat.ends, encode({"messages": turns}, chat, 10**6)
+    except Refusal as refusal:
+        raise BadInput(f"{refusal}: it has to write a question, an answer, a question and an answer") from refusal
+    name = chat.tokenizer.name_or_path or "the tokenizer"
+    if not ends.last:
+        logger.warning(
+            "the chat template of %s writes no end of turn on which the model stops: behind an answer stands %r. So "
+            "heads do not learn where answers end",
+            *(name, ends.follows),
         )
-        ids, counts = out["input_ids"], out["assistant_masks"]
-    else:
-        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, counts, span = out["input_ids"], [], 0
-        for start, end in out["offset_mapping"]:
-            while span < len(spans) and spans[span][1] <= start:
-                span += 1
-            counts.append(span < len(spans) and max(end, start + 1) > spans[span][0])
-    if unfinished:
-        max_length = min(max_length, sum(end <= answers_end for _, end in out["offset_mapping"]))
-    ids, counts = ids[:max_length], counts[:max_length]
-    return {"input_ids": ids, "labels": [i if c else IGNORE for i, c in zip(ids, counts, strict=True)]}
+    if not GENERATION.search(chat.text):
+        return
+    if len(rows) > 1:  # as several rows they cannot be compared with one text
+        turns = turns[:2]
+        rows = encode({"messages": turns}, chat, 10**6)
+    out = chat.tokenizer.apply_chat_template(
+        turns,
+        chat_template=chat.text,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **chat.kwargs,
+    )
+    marked = [token for token, is_marked in zip(out["input_ids"], out["assistant_masks"], strict=True) if is_marked]
+    labels = [label for label in rows[0]["labels"] if label != IGNORE]
+    if marked != labels:
+        marked, labels = (chat.tokenizer.decode(ids) for ids in (marked, labels))
+        logger.warning(
+            "the {%% generation %%} marks in the chat template of %s are not what the model writes, and are not "
+            "followed: they mark %r in a conversation of which %r are labels",
+            *(name, marked, labels),
+        )

@@ -1,25 +1,31 @@
 """Prompts: from a file or a conversation, and as tokens."""
 
-from pathlib import Path
-
-from common.errors import BadInput
+from common.errors import BadInput, first_line
+from conversations.json_files import read_chunks
 from conversations.sources import load_conversations
+from conversations.summary import Summary
+from conversations.template import ChatTemplate, Refusal
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a .txt file, or the first question of each conversation in a .json or .jsonl file. Raises BadInput
-    if there are none."""
-    if path.endswith((".json", ".jsonl")):
-        conversations = load_conversations(path)["messages"]
-        return [next(m["content"] for m in messages if m["role"] == "user") for messages in conversations]
+def read_prompts(
+    path: str, summary: Summary | None = None, *, config: str | None = None, split: str = "train"
+) -> list[dict]:
+    """Conversations that wait for an answer, in the normal form: the lines of a .txt file, or what stands before the
+    first answer of each record of anything else that `load_conversations` takes, system turns and tools included.
+    Raises BadInput if there are none."""
+    if not path.endswith(".txt"):
+        rows = load_conversations(path, summary, config=config, split=split, ask=True).remove_columns("record")
+        return [dict(row) | {"messages": ask(row["messages"])} for row in rows]
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = b"".join(read_chunks(path)).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the prompts in {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+        raise BadInput(f"cannot read the prompts in {path}: {first_line(error)}") from error
+    prompts = [line.strip(" \t\r") for line in text.split("\n") if line.strip()]  # other signs are no line ends
     if not prompts:
         raise BadInput(f"{path} holds no prompts: write one a line")
-    return prompts
+    if summary:
+        summary.read += len(prompts)
+    return [question(prompt) for prompt in prompts]
 
 
 def ask(messages: list[dict]) -> list[dict]:
@@ -27,7 +33,27 @@ def ask(messages: list[dict]) -> list[dict]:
     return messages[: next((i for i, m in enumerate(messages) if m["role"] == "assistant"), len(messages))]
 
 
-def tokenise(conversations: list[list[dict]], tokenizer) -> list[list[int]]:
-    """Each conversation as tokens, up to where the assistant's answer begins."""
-    texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+def question(text: str) -> dict:
+    """A conversation of one question."""
+    rest = {"tools": None, "unfinished": False, "prompt_ids": None, "answer_ids": None}
+    return {"messages": [{"role": "user", "content": text}]} | rest
+
+
+def with_system(conversation: dict, system: str | None) -> dict:
+    """The conversation with a system turn in front, if one is given and it has none."""
+    messages = conversation["messages"]
+    if not system or messages[0]["role"] in ("system", "developer"):
+        return conversation
+    return conversation | {"messages": [{"role": "system", "content": system}, *messages]}
+
+
+def tokenise(conversations: list[dict], chat: ChatTemplate) -> list[list[int]]:
+    """Each conversation as tokens, up to where the assistant's answer begins. Raises Refusal, which names the prompt,
+    if the template does not write it."""
+    texts = []
+    for number, conversation in enumerate(conversations, 1):
+        try:
+            texts.append(chat.prompt(conversation["messages"], conversation.get("tools")))
+        except Refusal as refusal:
+            raise Refusal(f"prompt {number}: {refusal}") from refusal
+    return chat.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

@@ -1,81 +1,186 @@
-"""Loads conversations from a local .json or .jsonl file or a Hub dataset, and holds some out."""
+"""Loads conversations from files, directories and the Hub into a dataset, and holds some out."""
 
+import glob
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.builder import Key
 
 from common.errors import BadInput, first_line
-from conversations.records import read_records, to_messages
+from conversations.columns import FEATURES, plain_table, read_plain, to_table
+from conversations.files import SUFFIXES, check_split, find_files, read_blocks, read_rows
+from conversations.json_files import Lines, in_lists, parse_lines
+from conversations.records import to_conversation
+from conversations.summary import Summary
+from conversations.version import code_version
 
 logger = logging.getLogger(__name__)
 
-FEATURES = datasets.Features(
-    {
-        "record": datasets.Value("int64"),  # 1-based, as a person counts
-        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-        "unfinished": datasets.Value("bool"),  # the last answer was cut off: its end is no end of turn
-        "problem": datasets.Value("string"),  # why the record is skipped; "" if it is not
-    }
-)
+
+def load_conversations(
+    paths: str | list[str],
+    summary: Summary | None = None,
+    *,
+    cache_dir: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    ask: bool = False,
+) -> datasets.Dataset:
+    """All usable conversations of files, directories, globs and Hub datasets, in the columns of
+    `conversations.columns.FEATURES`; a row's `messages` are those of `conversations.records`.
+
+    summary: is told what became of the records; without one, the table is logged. config: of a Hub dataset. split: of
+    a Hub dataset or a directory; a file that is named is read whatever its name. ask: see `to_conversation`. Raises
+    BadInput if no record is left.
+
+    They are stored in datasets' cache and mapped from there, so a set may be larger than memory. The first time it
+    needs as much disk as the conversations' text, and a Hub dataset as much again twice, for its files and for
+    datasets' own table of it. Stored ones are used if neither the files nor this folder's code have changed.
+    """
+    paths = [paths] if isinstance(paths, str) else paths
+    if config and all(glob.has_magic(path) or os.path.exists(os.path.expanduser(path)) for path in paths):
+        raise BadInput(f"{', '.join(paths)} is no Hub dataset, and has no configuration {config!r}")
+    inputs = [found for path in paths for found in find_inputs(path, config, split, cache_dir)]
+    builder = Conversations(
+        inputs=inputs, cache_dir=cache_dir, stamps=[_stamp(i) for i in inputs], ask=ask, code=code_version()
+    )
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, BadInput) else error from None
+    told = summary or Summary(", ".join(paths))
+    told.add(json.loads(builder.info.description))
+    if summary is None:
+        logger.log(logging.WARNING if told.skipped or told.dropped else logging.INFO, "%s", told.table())
+    told.check()
+    return builder.as_dataset(split="train")
 
 
-def _to_row(record: object, index: int) -> dict:
-    messages, problem = to_messages(record)
-    unfinished = not problem and isinstance(record, dict) and bool(record.get("unfinished"))
-    return {"record": index + 1, "messages": messages, "unfinished": unfinished, "problem": problem}
-
-
-def _read_local(path: str, size: int, mtime: float) -> Iterator[dict]:
-    # size and mtime make datasets' cache notice a changed file
-    for index, record in enumerate(read_records(path)):
-        yield _to_row(record, index)
-
-
-def _read_hub(row, index: int) -> dict:
-    return _to_row(dict(row), index)  # datasets.map passes a mapping that is not a dict
-
-
-def load_conversations(data_path: str, cache_dir: str | None = None) -> datasets.Dataset:
-    """All usable conversations of a local file or of the train split of a Hub dataset (column `messages`)."""
-    if os.path.isfile(data_path):
-        stat = os.stat(data_path)
-        source = {"path": os.path.abspath(data_path), "size": stat.st_size, "mtime": stat.st_mtime}
+def find_inputs(path: str, config: str | None, split: str, cache_dir: str | None) -> list[str | datasets.Dataset]:
+    """The files that a path stands for, or the table that datasets makes of it."""
+    local = os.path.expanduser(path)
+    if os.path.isfile(local):
+        return [local]
+    if any(os.path.isfile(os.path.join(local, name)) for name in ("dataset_dict.json", "state.json")):
         try:
-            data = datasets.Dataset.from_generator(
-                _read_local, features=FEATURES, gen_kwargs=source, cache_dir=cache_dir
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, BadInput) else error from None
-    elif data_path.endswith((".json", ".jsonl")) or data_path.count("/") > 1 or data_path[:1] in ("", ".", "/", "~"):
-        raise BadInput(f"there is no data file {data_path}")
-    else:
-        try:
-            data = datasets.load_dataset(data_path, split="train", cache_dir=cache_dir)
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise BadInput(
-                f"{data_path} is no file here, and cannot be loaded from the Hub: {first_line(error)}"
-            ) from error
-        data = data.map(_read_hub, with_indices=True, features=FEATURES, remove_columns=data.column_names)
-    return drop_problems(data, data_path)
+            data = datasets.load_from_disk(local)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"cannot read the saved dataset {path}: {first_line(error)}") from error
+        if isinstance(data, datasets.DatasetDict):
+            check_split(path, split, data)
+            data = data[split]
+        return [data]
+    if os.path.isdir(local) or glob.has_magic(local):
+        return [*find_files(local, split)]
+    if local.endswith(SUFFIXES) or path.count("/") > 1 or path[:1] in ("", ".", "/", "~"):
+        raise BadInput(f"there is no file or directory {path!r}")
+    try:
+        return [datasets.load_dataset(path, config, split=split, cache_dir=cache_dir)]
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__  # it lists configs and splits on further lines
+        raise BadInput(f"{path} is no file here, and cannot be loaded from the Hub: {why[:500]}") from error
 
 
-def drop_problems(data: datasets.Dataset, name: str) -> datasets.Dataset:
-    """Drops the records with a `problem` and logs how many there are of each kind. Raises BadInput if none is left."""
-    problems = data["problem"]
-    kinds: dict[str, list[int]] = {}
-    for record, problem in zip(data["record"], problems, strict=True):
-        if problem:
-            kinds.setdefault(problem, []).append(record)
-    for problem, records in kinds.items():
-        logger.warning("%s: skipped %d records: %s (first: record %d)", name, len(records), problem, records[0])
-    if sum(map(len, kinds.values())) == len(data):
-        reasons = "; ".join(f"{problem} (record {records[0]})" for problem, records in kinds.items())
-        raise BadInput(f"{name} holds no usable conversation: {reasons or 'it has no records'}")
-    return data.select([i for i, problem in enumerate(problems) if not problem]) if kinds else data
+def _stamp(found: str | datasets.Dataset) -> tuple:
+    """What a cached copy must agree with."""
+    if isinstance(found, datasets.Dataset):
+        return ("table", found._fingerprint)
+    stat = os.stat(found)
+    return (os.path.abspath(found), stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass
+class _Config(datasets.BuilderConfig):
+    """Makes the name of the cached copy."""
+
+    stamps: list | None = None
+    ask: bool = False
+    code: str = ""
+
+
+class Conversations(datasets.ArrowBasedBuilder):
+    """Stores the usable conversations of its inputs. The counts of a Summary stand in the description, as JSON."""
+
+    BUILDER_CONFIG_CLASS = _Config
+
+    def __init__(self, inputs: list[str | datasets.Dataset], **options):
+        self.inputs = inputs  # may be read; only their stamps make the cache's name
+        super().__init__(**options)
+
+    def _info(self):
+        return datasets.DatasetInfo(features=FEATURES)
+
+    def _split_generators(self, dl_manager):
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_tables(self):
+        summary = Summary("")
+        for number, table in enumerate(_ahead(self._convert(summary))):
+            yield Key(0, number), table
+        self.info.description = json.dumps(summary.counts)
+
+    def _convert(self, summary: Summary) -> Iterator[pa.Table]:
+        for found in self.inputs:
+            table = isinstance(found, datasets.Dataset)
+            for block in _ahead(in_lists(read_rows(found)) if table else read_blocks(found)):
+                yield _to_table(found, block, summary, self.config.ask)
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The same items, each made in another thread while the one before is used: a block is read while the last one is
+    parsed and the one before that is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _to_table(path, block: Lines | list, summary: Summary, ask: bool) -> pa.Table:
+    """The usable conversations of a block, in its order. The summary counts all of its records."""
+    plain = others = None
+    if isinstance(block, Lines) and (plain := read_plain(block.data)):
+        others = _others(block.data, plain[0])
+    if others is None:
+        plain, others = None, list(enumerate(parse_lines(path, block) if isinstance(block, Lines) else block))
+    first, numbers, conversations = summary.read + 1, [], []
+    for index, record in others:
+        conversation, problem, dropped = to_conversation(record, ask)
+        if conversation is None:
+            summary.skip(problem, first + index)
+        else:
+            numbers.append(first + index)
+            conversations.append(conversation)
+        for reason in dropped:
+            summary.drop(reason)
+    summary.read += len(plain[0]) if plain else len(others)
+    table = to_table(numbers, conversations)
+    if not plain:
+        return table
+    plains = plain_table(first + np.flatnonzero(plain[0]), plain[1])
+    return pa.concat_tables([plains, table]).sort_by("record") if numbers else plains
+
+
+def _others(lines: bytes, plain: np.ndarray) -> list[tuple[int, object]] | None:
+    """The records that are not plain, with their places; None if lines and records do not agree."""
+    places = np.flatnonzero(~plain)
+    if not len(places):
+        return []
+    texts = [line for line in lines.split(b"\n") if line.strip()]
+    if len(texts) != len(plain):
+        return None
+    try:
+        return [(int(place), json.loads(texts[place].decode())) for place in places]
+    except ValueError:
+        return None
 
 
 def split_conversations(
@@ -92,15 +197,16 @@ def split_conversations(
         if not 0 < count < len(data):
             raise BadInput(f"--eval_holdout {holdout:g} leaves nothing to train on or to evaluate of {len(data)}")
         data, eval_data = data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
-
-    def digests(data: datasets.Dataset) -> list[bytes]:
-        records = zip(data["messages"], data["unfinished"], strict=True)
-        return [hashlib.sha1(json.dumps(record, sort_keys=True).encode()).digest() for record in records]
-
-    held_out = set(digests(eval_data))
-    keep = [i for i, digest in enumerate(digests(data)) if digest not in held_out]
+    held_out = set(_digests(eval_data))
+    keep = [i for i, digest in enumerate(_digests(data)) if digest not in held_out]
     if len(keep) < len(data):
         logger.warning("left %d conversations out of training that are also held out", len(data) - len(keep))
         if not keep:
             raise BadInput("every training conversation is also held out: give more, or different files")
     return data.select(keep) if len(keep) < len(data) else data, eval_data
+
+
+def _digests(data: datasets.Dataset) -> Iterator[bytes]:
+    """Of all that a conversation is, but for its number."""
+    for row in data.remove_columns("record"):
+        yield hashlib.sha1(json.dumps(row, sort_keys=True).encode()).digest()

@@ -1,8 +1,8 @@
-"""Loads a tokenizer that can tell which tokens are the assistant's."""
+"""Loads a tokenizer that can tell which tokens are the assistant's, and the tokens on which its model stops."""
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from common.errors import ACCESS, BadInput, first_line
 
@@ -14,12 +14,28 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load a tokenizer from {name_or_path}: {first_line(error)} {ACCESS}") from error
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text()
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"cannot read --chat_template {chat_template}: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise BadInput(
-            f"the tokenizer of {name_or_path} has no chat template, so nobody can tell the assistant's tokens: pass "
-            "one to train.py with --chat_template FILE (templates/ holds some)"
+            f"the tokenizer of {name_or_path} has no chat template, so nobody can tell the assistant's tokens: give "
+            "one with --chat_template FILE (templates/ holds some)"
         )
     if not tokenizer.is_fast:
         raise BadInput(f"the tokenizer of {name_or_path} is not a fast one: it does not say where its tokens lie")
     return tokenizer
+
+
+def load_stops(name_or_path: str, **kwargs) -> set[int]:
+    """The tokens on which the model stops, from its generation_config.json or else its config.json; none if neither
+    names any."""
+    for kind in (GenerationConfig, AutoConfig):
+        try:
+            ends = kind.from_pretrained(name_or_path, **kwargs).eos_token_id
+        except (OSError, ValueError, AttributeError):
+            continue
+        if ends is not None:
+            return set(ends if isinstance(ends, list) else [ends])
+    return set()

@@ -52,12 +52,18 @@ def context_length(backbone: PreTrainedModel) -> int:
     return length
 
 
-def end_tokens(backbone) -> set[int]:
-    """The tokens that end an answer. Raises BadInput if the model names none."""
+def stop_tokens(backbone) -> set[int]:
+    """The tokens on which the model stops, as far as it names any."""
     ends = backbone.generation_config.eos_token_id
-    if ends is None:
+    return set() if ends is None else set(ends if isinstance(ends, list) else [ends])
+
+
+def end_tokens(backbone) -> set[int]:
+    """The same. Raises BadInput if the model names none."""
+    ends = stop_tokens(backbone)
+    if not ends:
         raise BadInput(f"{backbone.name_or_path} names no end-of-sequence token: no answer would ever end")
-    return set(ends if isinstance(ends, list) else [ends])
+    return ends
 
 
 def rope_follows_length(config) -> bool:

@@ -4,61 +4,35 @@ gone on with."""
 import json
 import logging
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_backbone, make_conversations, make_tokenizer, write_jsonl
+from conftest import make_tokenizer, write_jsonl
+from distilling import ENDS, PROMPTS, asker, make_chat_dir, records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
 from common.errors import BadInput
-from conversations.rows import prepare
+from conversations.labels import encode
+from conversations.prompts import question, tokenise
 from conversations.sources import load_conversations
+from conversations.targets import IGNORE
+from conversations.template import ChatTemplate
 from decoding import answers
 from model.backbone import load_backbone
 
-PROMPTS = [chat["messages"][0]["content"] for chat in make_conversations(10)]
-ENDS = list(range(1, 320, 24))  # a random model hardly ever says one given token, so many end an answer
+LENGTHS = [len(ids) for ids in tokenise([question(p) for p in PROMPTS], ChatTemplate(make_tokenizer("llama3")))]
+SOME = sorted(LENGTHS)[6]  # tokens that 7 of the 10 prompts have at most
 
 
 @pytest.fixture
 def chat_dir(tmp_path):
-    """A tiny chat model that ends some of its answers after a few tokens, and never ends others."""
-    backbone = make_backbone()
-    backbone.generation_config.eos_token_id = ENDS
-    backbone.save_pretrained(tmp_path / "chat")
-    make_tokenizer("llama3").save_pretrained(tmp_path / "chat")
-    return tmp_path / "chat"
+    return make_chat_dir(tmp_path)
 
 
 @pytest.fixture
 def ask(chat_dir, tmp_path, monkeypatch):
-    """Runs the script; -> the file it wrote."""
-
-    def run(name="out.jsonl", prompts=None, model=chat_dir, **flags) -> Path:
-        if prompts is None:
-            prompts = tmp_path / "prompts.txt"
-            prompts.write_text("\n\n".join(f" {prompt} " for prompt in PROMPTS))
-        flags = {"model_name_or_path": model, "prompts": prompts, "output": tmp_path / name} | flags
-        flags = {"max_new_tokens": 12, "max_prompt_length": 100, "batch_size": 1} | flags
-        argv = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["distill.py", *argv])
-        distill.main()
-        return tmp_path / name
-
-    return run
-
-
-LENGTHS = [
-    len(ids) for ids in distill.tokenise([[{"role": "user", "content": p}] for p in PROMPTS], make_tokenizer("llama3"))
-]
-SOME = sorted(LENGTHS)[6]  # tokens that 7 of the 10 prompts have at most
-
-
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return asker(chat_dir, tmp_path, monkeypatch)
 
 
 def test_writes_what_training_reads(ask):
@@ -68,10 +42,14 @@ def test_writes_what_training_reads(ask):
     data, tokenizer = load_conversations(str(out)), make_tokenizer("llama3")
     assert data["messages"][:] == [record["messages"] for record in records(out)]
     assert data["unfinished"][:] == flags
-    ends = [labels[-1] == tokenizer.eos_token_id for labels in prepare(data, "out", tokenizer, 1000)["labels"]]
-    assert ends == [not flag for flag in flags]
-    for record in records(out):
-        assert record.keys() - {"unfinished"} == {"prompt", "messages"} and record.get("unfinished", True) is True
+    for record, row in zip(records(out), data, strict=True):
+        prompt, answer = record["prompt_ids"], record["answer_ids"]
+        assert tokenizer.decode(prompt).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+        assert (answer[-1] in ENDS) == (not record.get("unfinished"))
+        rows = encode(row, ChatTemplate(tokenizer), 1000)
+        assert rows == [{"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}]
+        assert record.keys() - {"unfinished"} == {"prompt", "messages", "prompt_ids", "answer_ids"}
+        assert record.get("unfinished", True) is True
         user, assistant = record["messages"]
         assert user == {"role": "user", "content": PROMPTS[record["prompt"] - 1]}
         assert assistant["role"] == "assistant" and assistant["content"].strip()
@@ -186,6 +164,7 @@ def test_unfinished_answers_are_the_start_of_longer_ones(ask, caplog):
     cut = [number for number, record in short.items() if record.get("unfinished")]
     assert 0 < len(cut) < len(short)
     assert all(record == long[number] for number, record in short.items() if number not in cut)
+    assert all(long[n]["answer_ids"][:5] == short[n]["answer_ids"] for n in cut)
     for number in cut:
         start, text = (records[number]["messages"][1]["content"] for records in (short, long))
         assert text.startswith(start) and (len(text) > len(start) or "unfinished" not in long[number])
@@ -261,7 +240,7 @@ def test_asks_the_first_question_of_conversations(ask, tmp_path):
         ("blank.txt", b" \n\n", "holds no prompts"),
         ("latin.txt", b"na\xefve", "cannot read the prompts"),
         ("missing.txt", None, "cannot read the prompts"),
-        ("missing.jsonl", None, "no data file"),
+        ("missing.jsonl", None, "no file or directory"),
     ],
 )
 def test_no_prompts(name, content, message, ask, tmp_path):

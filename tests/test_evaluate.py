@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import evaluate
 from common.errors import BadInput
+from conversations.template import ChatTemplate
 from medusa_model import MedusaConfig, MedusaModel
 
 HEADS = 3
@@ -22,14 +23,15 @@ def test_prompts_end_where_the_first_answer_begins(caplog):
     user, assistant = ({"role": role, "content": role[0]} for role in ("user", "assistant"))
     system, long = {"role": "system", "content": "warm"}, {"role": "user", "content": "bread " * 50}
     chats = [[user, assistant, user, assistant], [system, user, assistant], [long, assistant]]
-    prompts = evaluate.first_prompts(chats, tokenizer, 10**6)
+    chats, chat = [{"messages": turns} for turns in chats], ChatTemplate(tokenizer)
+    prompts = evaluate.first_prompts(chats, chat, 10**6)
     start = "<|im_start|>"
     assert [tokenizer.decode(prompt).replace(start + " ", start) for prompt in prompts[:2]] == [
         f"{start}user\nu<|im_end|>\n{start}assistant\n",
         f"{start}system\nwarm<|im_end|>\n{start}user\nu<|im_end|>\n{start}assistant\n",
     ]
     assert len(prompts) == 3 and not caplog.records
-    assert evaluate.first_prompts(chats, tokenizer, len(prompts[1])) == prompts[:2]
+    assert evaluate.first_prompts(chats, chat, len(prompts[1])) == prompts[:2]
     (record,) = caplog.records
     assert f"left out 1 of 3 prompts, longer than {len(prompts[1])} tokens" in record.getMessage()
 
@@ -39,7 +41,7 @@ def test_a_prompt_that_the_template_refuses_is_left_out(caplog):
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}the moon"
     user, assistant = ({"role": role, "content": role} for role in ("user", "assistant"))
     chats = [[{"role": "system", "content": "s"}, user, assistant], [user, assistant]]
-    (prompt,) = evaluate.first_prompts(chats, tokenizer, 100)
+    (prompt,) = evaluate.first_prompts([{"messages": turns} for turns in chats], ChatTemplate(tokenizer), 100)
     assert tokenizer.decode(prompt) == "the moon"
     assert "left out 1 of 2 prompts" in caplog.text
 

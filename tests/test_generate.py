@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 from common.errors import BadInput
-from conversations.prompts import tokenise
+from conversations.prompts import question, tokenise
+from conversations.template import ChatTemplate
 from medusa_model import MedusaConfig, MedusaModel
 from model.heads_file import HEADS_FILE
 
@@ -54,7 +55,7 @@ def greedy(directory, prompt, max_new_tokens) -> str:
     """What transformers decodes with the backbone."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     backbone = MedusaModel.from_pretrained(directory).backbone
-    ids = torch.tensor(tokenise([[{"role": "user", "content": prompt}]], tokenizer))
+    ids = torch.tensor(tokenise([question(prompt)], ChatTemplate(tokenizer)))
     out = backbone.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 

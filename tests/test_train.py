@@ -148,7 +148,7 @@ def test_standard_trainer_features(train):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--data_path", "nothing.jsonl"), r"no data file nothing\.jsonl"),
+        (("--data_path", "nothing.jsonl"), r"no file or directory .nothing\.jsonl"),
         (("--model_name_or_path", "./nothing"), r"\./nothing"),
         (("--medusa_num_heads", 0), "--medusa_num_heads 0"),
         (("--model_max_length", 3), "--model_max_length 3"),

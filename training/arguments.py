@@ -11,6 +11,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from common.errors import BadInput
+from conversations.options import parse_kwargs
 from training.refusals import refuse, refuse_renamed
 
 
@@ -49,7 +50,11 @@ class ModelArguments:
     )
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "Jinja file for a tokenizer that has no chat template (templates/ holds some)."},
+        metadata={"help": "Jinja file for a tokenizer that has no chat template, or the wrong one (see templates/)."},
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "What the chat template can be told, as JSON: '{\"enable_thinking\": false}'."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the code a model brings along. Read it first."}
@@ -63,8 +68,18 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str = field(metadata={"help": "Conversations: a .json or .jsonl file, or a Hub dataset id."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    data_path: list[str] = field(
+        metadata={
+            "help": "Conversations: files (.json, .jsonl, both also .gz, .parquet, .csv), directories, patterns such "
+            "as 'chats/*.jsonl', or a Hub dataset id. docs/data.md has what their records may look like."
+        }
+    )
+    eval_data_path: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Of a Hub dataset that has several."})
+    train_split: str = field(default="train", metadata={"help": "The split of --data_path to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "The split of --data_path (or --eval_data_path) to evaluate on."}
+    )
     eval_holdout: float = field(
         default=0,
         metadata={"help": "Without --eval_data_path: hold out the last N conversations (a share if below 1)."},
@@ -77,6 +92,15 @@ class DataArguments:
     lazy_preprocess: bool = field(
         default=False, metadata={"help": "Tokenise when a batch is drawn, not before: starts at once, pads more."}
     )
+    show_data: int = field(
+        default=0,
+        metadata={"help": "Print so many rows with their labels, and what became of all records; then stop."},
+    )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_data_path is not None or self.eval_split is not None or self.eval_holdout != 0
 
 
 @dataclass
@@ -190,9 +214,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     except ValueError as error:  # an unknown flag, or a value that transformers refuses
         raise BadInput(str(error)) from error
     refuse(model, data, training)
+    parse_kwargs(model.chat_template_kwargs)
     if training.medusa_only_heads:  # a frozen backbone keeps no activations, so there is nothing to recompute
         training.gradient_checkpointing = False
         training.activation_checkpointing = False  # its name since transformers 5.20; the old one mirrors it
     if training.do_eval is None:
-        training.do_eval = data.eval_data_path is not None or data.eval_holdout > 0
+        training.do_eval = data.evaluates
     return model, data, training

@@ -29,7 +29,6 @@ def refuse_renamed(argv: list[str]):
 def refuse(model, data, training):
     """Raises BadInput with the first sentence that applies. The three are the dataclasses of training/arguments.py."""
     stage_1, heads = training.medusa_only_heads, model.medusa_num_heads
-    evaluates = data.eval_data_path is not None or data.eval_holdout != 0
     recomputed = training.gradient_checkpointing_layers
     recomputes = training.gradient_checkpointing and not stage_1  # a frozen backbone keeps nothing to recompute
     refusals = (
@@ -63,18 +62,23 @@ def refuse(model, data, training):
             data.lazy_preprocess and data.packing,
             "--lazy_preprocess and --packing exclude each other: packing must know the lengths",
         ),
+        (data.show_data < 0, f"--show_data {data.show_data}: 0 or more"),
+        (
+            data.eval_split == data.train_split and data.eval_data_path is None,
+            f"--eval_split {data.eval_split} is what --train_split names: hold some of it out with --eval_holdout",
+        ),
         (not data.eval_holdout >= 0, f"--eval_holdout {data.eval_holdout:g}: 0 or more"),
         (
-            data.eval_data_path is not None and data.eval_holdout != 0,
-            "--eval_data_path and --eval_holdout exclude each other: evaluate on one of them",
+            data.eval_holdout != 0 and (data.eval_data_path is not None or data.eval_split is not None),
+            "--eval_holdout excludes --eval_data_path and --eval_split: evaluate on one of them",
         ),
         (
-            training.eval_strategy != "no" and not evaluates,
-            "--eval_strategy asks for evaluation: add --eval_data_path or --eval_holdout",
+            training.eval_strategy != "no" and not data.evaluates,
+            "--eval_strategy asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout",
         ),
         (
-            bool(training.do_eval) and not evaluates,
-            "--do_eval asks for evaluation: add --eval_data_path or --eval_holdout",
+            bool(training.do_eval) and not data.evaluates,
+            "--do_eval asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout",
         ),
         # ---- the loss ----
         (

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
+from datetime import date as Date
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -99,7 +100,14 @@ def check_same_run(checkpoint: Path, found: dict, asked: dict):
         raise BadInput(f"{checkpoint} was saved with --save_only_model: without Adam's moments it cannot be resumed")
 
 
-def identity(model_args, training_args, checkpoint: Path | None, train_data, eval_data) -> dict:
+def first_day(checkpoint: Path | None) -> Date:
+    """The day on which the run began, the same on all ranks: what a chat template prints if it asks for the date. So a
+    run that is resumed on another day has the same data."""
+    began = read_json(checkpoint / RUN_FILE).get("date") if checkpoint else None  # older versions did not write it
+    return gather_object([Date.fromisoformat(began) if began else Date.today()])[0]
+
+
+def identity(model_args, training_args, checkpoint: Path | None, date: Date, train_data, eval_data) -> dict:
     """run.json of this run. Raises BadInput on every rank if the ranks differ in data or checkpoint, or if the
     checkpoint was trained on other data."""
     data, eval_digest = digest(train_data), digest(eval_data) if eval_data else ""
@@ -108,9 +116,9 @@ def identity(model_args, training_args, checkpoint: Path | None, train_data, eva
     if checkpoint is not None and read_json(checkpoint / RUN_FILE)["data"] != data:
         raise BadInput(
             f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
-            "--model_max_length, --packing and --eval_holdout"
+            "--model_max_length, --packing, --eval_holdout and chat template"
         )
-    return describe(model_args, training_args) | {"data": data}
+    return describe(model_args, training_args) | {"data": data, "date": date.isoformat()}
 
 
 def digest(dataset) -> str:

@@ -1,36 +1,51 @@
-"""conversations/labels.py: which tokens are labels."""
+"""conversations/labels.py: which tokens are labels. test_chat_templates.py has more templates."""
 
 import itertools
+import json
+from datetime import date
 
 import pytest
-from chats import CHAT, GENERATION, SYSTEM_CHAT, TURNS, chat
+from chats import CHAT, GENERATION, SYSTEM_CHAT, TURNS, chat, turn
 from conftest import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+from common.errors import BadInput
+from conversations.answers import NO_THOUGHTS, UNWRITTEN, find_quickly, find_rows
 from conversations.batches import Collator
-from conversations.labels import encode
+from conversations.labels import FOREIGN, check_template, encode, encode_all
 from conversations.targets import IGNORE
+from conversations.template import ChatTemplate, Refusal
 
-# Qwen3 writes an empty think block, but only in front of the answer to the last question.
-THINKS_LAST = TURNS.replace("CONTENT", "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}")
+# Writes a think block, be it empty, but only in front of the last answer.
+THINKS_LAST = TURNS.replace(
+    "CONTENT", "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+)
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def make_bos_tokenizer(style, template="file"):
-    """Adds BOS to every text by itself, as LLaMA's, Mistral's and Gemma's do: a second BOS would show."""
+def make_chat(style, template="file", stops=(), **kwargs) -> ChatTemplate:
+    """Its tokenizer adds BOS to every text by itself, as LLaMA's, Mistral's and Gemma's do: a second would show."""
     tokenizer = make_tokenizer(style, template)
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    return tokenizer
+    return ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(list(stops)), **kwargs)
 
 
-def runs(out, tokenizer) -> list:
+def runs(row, tokenizer) -> list:
     """In their order: tokens that are no labels as one text, tokens that are as a list of token strings."""
-    pairs, found = list(zip(out["input_ids"], out["labels"], strict=True)), []
+    pairs, found = list(zip(row["input_ids"], row["labels"], strict=True)), []
     assert all(label in (IGNORE, token) for token, label in pairs)
     for is_label, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE):
         ids = [token for token, _ in group]
         found.append(tokenizer.convert_ids_to_tokens(ids) if is_label else tokenizer.decode(ids))
     return found
+
+
+def labelled(messages, chat, **more) -> list[list]:
+    """`runs` of each row."""
+    return [runs(row, chat.tokenizer) for row in encode({"messages": messages} | more, chat, 1000)]
 
 
 GOLDEN = {
@@ -46,7 +61,6 @@ GOLDEN = {
         ["Ġwarm", "Ġ", "Ċ", "<|im_end|>"],  # the only one of the four that keeps the white space
         "\n<|im_start|>user\nstone<|im_end|>\n<|im_start|>assistant\n",
         ["s", "tone", "<|im_end|>"],
-        "\n",
     ],
     "mistral": ["<s>[INST] cold moon\n\nwarm [/INST]", ["Ġwarm", "</s>"], "[INST] stone [/INST]", ["Ġstone", "</s>"]],
     "gemma": [
@@ -54,106 +68,220 @@ GOLDEN = {
         ["w", "a", "rm", "<end_of_turn>"],
         "\n<start_of_turn>user\nstone<end_of_turn>\n<start_of_turn>model\n",
         ["s", "tone", "<end_of_turn>"],
-        "\n",
     ],
 }
 
 
+def messages_of(style):
+    return CHAT if style == "gemma" else SYSTEM_CHAT
+
+
 @pytest.mark.parametrize("style", GOLDEN)
 def test_only_answers_and_their_ends_are_labels(style):
-    tokenizer, messages = make_bos_tokenizer(style), CHAT if style == "gemma" else SYSTEM_CHAT
-    assert runs(encode(messages, tokenizer, 1000), tokenizer) == GOLDEN[style]
-
-
-@pytest.mark.parametrize("style", GOLDEN)
-def test_without_a_system_turn_the_labels_are_the_same(style):
-    tokenizer = make_bos_tokenizer(style)
-    start, *rest = runs(encode(CHAT, tokenizer, 1000), tokenizer)
-    assert rest == GOLDEN[style][1:] and "cold moon" not in start
+    assert labelled(messages_of(style), make_chat(style)) == [GOLDEN[style]]
 
 
 @pytest.mark.parametrize("style", GOLDEN)
 def test_tokens_are_the_templates_text_with_its_one_bos(style):
-    tokenizer = make_bos_tokenizer(style)
-    ids = encode(CHAT, tokenizer, 1000)["input_ids"]
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    chat = make_chat(style)
+    ((ids, _),) = (row.values() for row in encode({"messages": CHAT}, chat, 1000))
+    text = chat.tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert chat.tokenizer.decode(ids) == text.rstrip("\n")  # a row stops with its last label
     if style != "chatml":  # ChatML has no BOS; this tokenizer's is the start of every turn
-        assert [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id] == [0]
+        assert [i for i, token in enumerate(ids) if token == chat.tokenizer.bos_token_id] == [0]
 
 
-def test_generation_template_gives_the_same_labels():
-    marked = make_bos_tokenizer("chatml", GENERATION)
-    assert encode(SYSTEM_CHAT, marked, 1000) == encode(SYSTEM_CHAT, make_bos_tokenizer("chatml"), 1000)
+def test_a_single_rendering_gives_the_same_rows():
+    for style, messages in itertools.product(GOLDEN, (CHAT, SYSTEM_CHAT, CHAT[:2], CHAT * 3)):
+        if style == "gemma" and messages is SYSTEM_CHAT:
+            continue
+        conversation, chat = {"messages": messages}, make_chat(style)
+        assert find_quickly(conversation, chat) == find_rows(conversation, chat)
+    assert find_quickly({"messages": CHAT}, make_chat("chatml", THINKS_LAST)) is None  # it takes several rows
 
 
-def test_generation_template_may_rewrite_answers():
-    """It says itself what the assistant's tokens are, so no answer has to be found again."""
-    tokenizer = make_tokenizer("chatml", GENERATION.replace("%}{{ m.content }}", "%}{{ m.content | upper }}", 1))
-    labels = runs(encode(chat("why", "i b"), tokenizer, 1000), tokenizer)[1::2]
-    assert labels == [["I", "Ġ", "B", "<|im_end|>"]]
+def test_generation_marks_that_are_right_are_no_matter(caplog):
+    chat = make_chat("chatml", GENERATION + PROMPT)
+    check_template(chat)
+    assert labelled(SYSTEM_CHAT, chat) == [GOLDEN["chatml"]] and not caplog.records
+
+
+def test_generation_marks_that_are_wrong_are_named_and_not_followed(caplog):
+    """Here they leave the end out."""
+    marks = GENERATION.replace("<|im_end|>{% endgeneration %}\n", "{% endgeneration %}<|im_end|>")
+    chat = make_chat("chatml", marks + PROMPT)
+    check_template(chat)
+    assert (
+        "they mark 'becausebecause' in a conversation of which 'because<|im_end|>because<|im_end|>' are" in caplog.text
+    )
+    assert labelled(SYSTEM_CHAT, chat) == [GOLDEN["chatml"]]
+
+
+def test_white_space_that_a_tokenizer_drops_extends_no_label():
+    words = ["[UNK]", "<|u|>", "<|a|>", "<|e|>", "red", "dog", "cat", "blue", "tree", "user", "asks", "more"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="<|e|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|u|>", "<|a|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|a|>{% generation %}{{ m.content + '<|e|>\\n' }}"
+        "{% endgeneration %}{% else %}<|u|>{{ m.content }}<|e|>\\n{% endif %}{% endfor %}"
+    )
+    ((_, first, _, second),) = labelled(
+        chat("user asks", "red dog ", "more cat", " blue tree"), ChatTemplate(tokenizer)
+    )
+    assert (first, second) == (["red", "dog", "<|e|>"], ["blue", "tree", "<|e|>"])
 
 
 def test_template_that_writes_the_last_answer_differently():
-    tokenizer = make_tokenizer("chatml", THINKS_LAST)
-    before, first, between, second, end = GOLDEN["chatml"]
-    golden = [before, first, between + "<think>\n\n</think>\n\n", second, end]
-    assert runs(encode(SYSTEM_CHAT, tokenizer, 1000), tokenizer) == golden
+    """Each answer is learnt where it is the last; the empty block is not the model's."""
+    before, first, between, second = GOLDEN["chatml"]
+    block, text = "<think>\n\n</think>\n\n", "".join(first).replace("Ġ", " ").replace("Ċ", "\n")
+    golden = [[before + block, first], [before + text + between + block, second]]
+    assert labelled(SYSTEM_CHAT, make_chat("chatml", THINKS_LAST + PROMPT)) == golden
 
 
 def test_end_of_turn_stays_a_label_where_it_is_the_pad_token():
-    tokenizer = make_tokenizer("llama3")
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    rows = [encode(CHAT, tokenizer, 1000), encode(chat("why", "cold"), tokenizer, 1000)]
-    labels = Collator(tokenizer.pad_token_id)(rows)["labels"]
-    assert (labels == tokenizer.eos_token_id).sum(1).tolist() == [2, 1]  # the answers' ends, none of the padding
-
-
-def without_end(golden: list) -> list:
-    """What is left of GOLDEN if the last answer is unfinished: nothing from its end-of-turn token on."""
-    return [*golden[:3], golden[3][:-1]]
+    chat_ = make_chat("llama3")
+    assert chat_.tokenizer.pad_token_id == chat_.tokenizer.eos_token_id
+    rows = [row for turns in (CHAT, chat("why", "cold")) for row in encode({"messages": turns}, chat_, 1000)]
+    labels = Collator(chat_.tokenizer.pad_token_id)(rows)["labels"]
+    assert (labels == chat_.tokenizer.eos_token_id).sum(1).tolist() == [2, 1]  # the answers' ends, not the padding
 
 
 @pytest.mark.parametrize("style", GOLDEN)
 def test_an_unfinished_answer_has_no_end(style):
-    tokenizer, messages = make_bos_tokenizer(style), CHAT if style == "gemma" else SYSTEM_CHAT
-    assert runs(encode(messages, tokenizer, 1000, unfinished=True), tokenizer) == without_end(GOLDEN[style])
+    *start, last = GOLDEN[style]
+    assert labelled(messages_of(style), make_chat(style), unfinished=True) == [[*start, last[:-1]]]
 
 
-def test_an_unfinished_answer_in_a_generation_template():
-    """Whether the template counts the end of turn as the assistant's or not."""
-    counts = make_bos_tokenizer("chatml", GENERATION)
-    without = make_bos_tokenizer(
-        "chatml", GENERATION.replace("<|im_end|>{% endgeneration %}\n", "{% endgeneration %}<|im_end|>")
-    )
-    start, first, between, second = without_end(GOLDEN["chatml"])
-    assert runs(encode(SYSTEM_CHAT, counts, 1000, True), counts) == [start, first, between, second]
-    golden = [start, first[:-1], "<|im_end|>" + between, second]
-    assert runs(encode(SYSTEM_CHAT, without, 1000, True), without) == golden
-
-
-@pytest.mark.parametrize("template", ["file", THINKS_LAST, GENERATION], ids=["spans", "thinks", "generation"])
+@pytest.mark.parametrize("template", ["file", THINKS_LAST + PROMPT, GENERATION + PROMPT])
 @pytest.mark.parametrize("answer", ["cold", "cold ", "cold\n\n"])
 def test_white_space_at_an_unfinished_end_is_left_out(answer, template):
-    tokenizer = make_tokenizer("chatml", template)
-    assert runs(encode(chat("why", answer), tokenizer, 1000, unfinished=True), tokenizer)[1:] == [["cold"]]
+    ((_, last),) = labelled(chat("why", answer), make_chat("chatml", template), unfinished=True)
+    assert last == ["cold"]
 
 
-def test_a_token_that_reaches_beyond_an_unfinished_answer_is_left_out():
-    tokenizer = make_tokenizer("chatml", TURNS.replace("CONTENT", "{{ m.content }}ater"))
-    labels = [runs(encode(chat("why", "cold w"), tokenizer, 1000, flag), tokenizer)[1] for flag in (False, True)]
-    assert labels == [["cold", "Ġwater", "<|im_end|>"], ["cold"]]
-
-
-@pytest.mark.parametrize("template", ["file", GENERATION], ids=["spans", "generation"])
 @pytest.mark.parametrize("max_length", [3, 21, 1000])  # 21: in the middle of the first answer
 @pytest.mark.parametrize("unfinished", [False, True])
-def test_truncation_keeps_the_start(unfinished, template, max_length):
-    tokenizer = make_tokenizer("chatml", template)
-    whole, cut = (encode(CHAT, tokenizer, length, unfinished) for length in (10**6, max_length))
+def test_truncation_keeps_the_start(unfinished, max_length):
+    conversation, chat = {"messages": CHAT, "unfinished": unfinished}, make_chat("chatml")
+    (whole,), (cut,) = (encode(conversation, chat, length) for length in (10**6, max_length))
     assert cut == {key: tokens[:max_length] for key, tokens in whole.items()}
+    (result,) = encode_all([conversation], chat, max_length)
+    expected = {3: 2, 21: 2, 1000: 0}[max_length]
+    assert dict(result.notes) == ({f"answers cut by --model_max_length {max_length}": expected} if expected else {})
 
 
 def test_an_eos_behind_the_whole_text_is_no_end_of_turn():
-    tokenizer = make_tokenizer("chatml", TURNS.replace("CONTENT", "{{ m.content }}") + "{{ eos_token }}")
-    labelled = runs(encode(chat("why", "cold", "why", "cold"), tokenizer, 1000), tokenizer)[1::2]
-    assert labelled == [["cold", "<|im_end|>"]] * 2
+    chat_ = make_chat("chatml", TURNS.replace("CONTENT", "{{ m.content }}") + "{{ eos_token }}")
+    ((_, first, _, second),) = labelled(chat("why", "cold", "why", "cold"), chat_)
+    assert first == second == ["cold", "<|im_end|>"]
+
+
+def test_an_answer_that_is_not_to_be_learnt():
+    turns = [*CHAT[:1], CHAT[1] | {"train": False}, *CHAT[2:]]
+    (text, second), (_, first, *_) = labelled(turns, make_chat("llama3"))[0], GOLDEN["llama3"]
+    assert second == GOLDEN["llama3"][3] and text.count("<|eot_id|>") == 3 and "warm<|eot_id|>" in text
+    turns = [*CHAT[:3], CHAT[3] | {"train": False}]
+    assert labelled(turns, make_chat("llama3"))[0][1:] == [first]  # and nothing behind it
+
+
+def test_a_template_without_an_end_is_named(caplog):
+    chat_ = make_chat("llama3", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    check_template(chat_)
+    assert "writes no end of turn on which the model stops: behind an answer stands '\\nuser: '" in caplog.text
+
+
+def test_a_template_that_cannot_write_a_plain_conversation_is_refused():
+    with pytest.raises(BadInput, match="refuses it: needs a system turn: it has to write a question, an answer"):
+        check_template(make_chat("chatml", "{{ raise_exception('needs a system turn') }}"))
+
+
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "w"}}]])
+def test_a_template_that_loops_over_tools_given_none(tools):
+    loops = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
+    (row,) = labelled(
+        chat("why", "cold"), make_chat("chatml", loops + TURNS.replace("CONTENT", "{{ m.content }}")), tools=tools
+    )
+    assert row[1] == ["cold", "<|im_end|>"] and row[0].startswith("w<|im" if tools else "<|im")
+
+
+def test_what_a_template_fails_on_is_said():
+    chat_ = make_chat("chatml", TURNS.replace("CONTENT", "{{ m.content + 3 }}"))
+    with pytest.raises(Refusal, match=r'the chat template fails on it: can only concatenate str \(not "int"\)'):
+        encode({"messages": CHAT}, chat_, 1000)
+
+
+def test_a_question_with_private_use_characters():
+    turns = chat("why \ue0f70\ue0f7", "cold", "\ue0f71\ue0f7", "warm")
+    assert [found[1:] for found in labelled(turns, make_chat("mistral"))] == [
+        [["Ġcold", "</s>"], "[INST] \ue0f71\ue0f7 [/INST]", ["Ġwarm", "</s>"]]
+    ]
+
+
+def test_a_date_is_that_of_the_first_day():
+    dated = "{{ strftime_now('%d %b %Y') }}|" + TURNS.replace("CONTENT", "{{ m.content }}")
+    chats = [make_chat("chatml", dated, date=date(2026, 11, day)) for day in (25, 25, 26)]
+    assert labelled(CHAT, chats[0])[0][0].startswith("25 Nov 2026|")
+    assert chats[0].fingerprint == chats[1].fingerprint != chats[2].fingerprint
+    plain = [make_chat("chatml", date=date(2026, 11, day)).fingerprint for day in (25, 26)]
+    assert plain[0] == plain[1]  # a template that prints no date does not change
+
+
+def test_kwargs_reach_the_template():
+    asked = TURNS.replace("CONTENT", "{% if shout %}!{% endif %}{{ m.content }}")
+    chats = [make_chat("chatml", asked, kwargs={"shout": shout}) for shout in (True, False)]
+    assert [labelled(chat("why", "cold"), chat_)[0][0].count("!") for chat_ in chats] == [
+        2,
+        0,
+    ]  # in front of both turns
+    assert chats[0].fingerprint != chats[1].fingerprint
+
+
+def test_recorded_tokens_are_trained_on_as_they_are():
+    chat_ = make_chat("llama3")
+    ids = lambda text: chat_.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    record = {
+        "messages": chat("why", "cold moon"),
+        "prompt_ids": ids("a prompt of its own"),
+        "answer_ids": ids("cold moon"),
+    }
+    for end, unfinished in ([], True), ([chat_.tokenizer.eos_token_id], False):
+        (row,) = encode(record | {"answer_ids": record["answer_ids"] + end, "unfinished": unfinished}, chat_, 1000)
+        assert row["input_ids"] == record["prompt_ids"] + record["answer_ids"] + end
+        assert row["labels"] == [IGNORE] * len(record["prompt_ids"]) + record["answer_ids"] + end
+
+
+@pytest.mark.parametrize("answer_ids", [[1, 2, 3], [10**6]])
+def test_recorded_tokens_of_another_tokenizer_are_counted_and_made_anew(answer_ids):
+    chat_ = make_chat("llama3")
+    (found,) = encode_all([{"messages": CHAT, "prompt_ids": [3], "answer_ids": answer_ids}], chat_, 1000)
+    assert found.rows == encode({"messages": CHAT}, chat_, 1000) and dict(found.notes) == {FOREIGN: 1}
+
+
+def test_thoughts_that_cannot_be_written_and_missing_ones_are_counted():
+    thinking = turn("assistant", "cold") | {"reasoning_content": "the moon"}
+    (found,) = encode_all([{"messages": [turn("user", "why"), thinking]}], make_chat("llama3"), 1000)
+    assert dict(found.notes) == {UNWRITTEN: 1}
+    opens = TURNS.replace("CONTENT", "{{ m.content }}") + PROMPT.replace("nt\n", "nt\n<think>\n")
+    (found,) = encode_all([{"messages": CHAT}], make_chat("chatml", opens), 1000)
+    assert dict(found.notes) == {NO_THOUGHTS: 2}
+
+
+def test_arguments_of_calls_as_the_template_wants_them():
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "x"}}}
+    turns = [
+        turn("user", "why"),
+        turn("assistant", "") | {"tool_calls": [call]},
+        turn("tool", "old"),
+        turn("assistant", "cold"),
+    ]
+    for write in ("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"):
+        template = TURNS.replace(
+            "CONTENT", "{{ m.content }}{% for c in m.tool_calls or [] %}" + write + "{% endfor %}"
+        )
+        ((_, called, between, answer),) = labelled(turns, make_chat("chatml", template + PROMPT))
+        text = "".join(called).replace("Ġ", " ")
+        assert json.loads(text.removesuffix("<|im_end|>")) == {"city": "x"} and text.endswith("<|im_end|>")
+        assert "old" in between and answer == ["cold", "<|im_end|>"]

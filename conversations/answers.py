@@ -1,0 +1,202 @@
+"""Where the answers of a conversation stand in the text that the chat template writes.
+
+What is learnt of an answer is what the model would write itself: all that the template writes behind the prompt for
+that answer, up to the end of its turn. So each answer is looked at in the context in which it would be generated: the
+template writes the turns before it as a prompt, and the same turns with the answer. Most templates go on writing a
+turn as they did when it was the last, and the whole conversation is one row. Some do not: Qwen3 leaves thoughts out of
+earlier answers, gpt-oss ends the last answer otherwise. Then the conversation becomes several rows, and each answer is
+learnt in the one that is its own.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from conversations.ends import MARK, MARKS
+from conversations.template import ChatTemplate, Refusal
+from conversations.thoughts import CLOSES, EMPTY, EMPTY_END, OPEN_END, TAG, split_thoughts, write_thoughts
+
+NO_THOUGHTS = "answers without thoughts where the prompt asks for some"
+UNWRITTEN = "answers whose thoughts the chat template does not write"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer in its context."""
+
+    text: str  # the prompt, the answer and its end
+    start: int  # where in it begins what the model writes
+    inner: str  # what of the text stands there too if more turns follow
+    note: str = ""  # what a reader of the summary should know of it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text, and the `[start, end)` characters in it that are labels. It stops with the last of them."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
+    """The answer that is turn `number`. Raises Refusal, with the reason, if it cannot be told."""
+    turns, tools = conversation["messages"], conversation.get("tools")
+    message, note = turns[number], ""
+    unfinished = number + 1 == len(turns) and bool(conversation.get("unfinished"))
+    prompt, text = chat.context(turns[:number], tools), chat.render(turns[: number + 1], tools)
+    body, end, inner = find_end(conversation, number, text, chat)
+    start = len(prompt)
+    if not text.startswith(prompt):  # it may open a thought, or close it at once, where the finished answer does not
+        shorter = (OPEN_END.sub("", prompt), EMPTY_END.sub("", prompt), prompt.rstrip())
+        start = next((len(context) for context in shorter if text.startswith(context)), -1)
+    thoughts, said = split_thoughts(message)
+    if thoughts.strip() and not (start >= 0 and has_thoughts(body[start:], thoughts, said, prompt, text)):
+        # The template cuts thoughts from finished answers, or knows none.
+        if message.get("tool_calls") or (message.get("reasoning_content") and not chat.knows_thoughts):
+            thoughts, note = "", UNWRITTEN
+        else:
+            prompt = EMPTY_END.sub("", prompt)
+            return in_context(prompt, write_thoughts(message, prompt), end, inner, unfinished)
+    if start < 0:  # the template writes the turns before the answer otherwise once it is there
+        written = next((text for text in as_written(message["content"]) if body.endswith(text)), None)
+        if written is None or message.get("tool_calls"):
+            raise Refusal("the chat template neither keeps the prompt in front of an answer nor the answer's text")
+        return in_context(prompt, chat.lead + written, end, inner, unfinished)
+    if text.startswith(chat.header, start):
+        start += len(chat.header)
+    if not thoughts.strip():
+        opened = OPEN_END.search(prompt)
+        empty = EMPTY.match(text, opened.start() if opened and start == len(prompt) else start)
+        if empty and chat.knows_thoughts:  # the template's, not the model's
+            start = empty.end()
+        if opened:
+            note = note or NO_THOUGHTS
+    if unfinished:
+        body = cut(body, start, thoughts, said)
+        return Answer(body, start, body, note)
+    return Answer(body + end, start, body + inner, note)
+
+
+def find_end(conversation: dict, number: int, text: str, chat: ChatTemplate) -> tuple[str, str, str]:
+    """-> (`text` up to the end of the answer's own words, its end, and its end if more turns follow)."""
+    ends, turns, tools = chat.ends, conversation["messages"], conversation.get("tools")
+    if not text.endswith(ends.after):  # the end of a tool call may differ from that of plain answers
+        return text.removesuffix(ends.after[len(ends.last) :]).rstrip(), "", ""
+    body, follows = text[: len(text) - len(ends.after)], turns[number + 1 : number + 2]
+    if ends.borrowed and not follows and turns[number].get("tool_calls"):
+        follows = [{"role": "tool", "content": "", "name": "", "tool_call_id": ""}]
+    if ends.borrowed and follows:  # the marker of the role that does follow
+        behind = chat.render([*turns[: number + 1], *follows], tools)[len(body) :]
+        end = behind[: chat.first_stop(behind)] or ends.last
+        return body, end, end
+    return body, ends.last, ends.inner
+
+
+def has_thoughts(written: str, thoughts: str, said: str, prompt: str, text: str) -> bool:
+    """Whether the template writes an answer with its thoughts, right behind a prompt that may have opened them."""
+    before, found, behind = written.partition(thoughts.strip())
+    as_is = text.startswith(prompt) or not OPEN_END.search(prompt)
+    return bool(found) and as_is and not CLOSES.search(before) and said.strip() in behind
+
+
+def in_context(prompt: str, written: str, end: str, inner: str, unfinished: bool) -> Answer:
+    """An answer behind its prompt, where the template does not write the two together."""
+    body = prompt + (written.rstrip() if unfinished else written)
+    return Answer(body if unfinished else body + end, len(prompt), body + inner)
+
+
+def as_written(content: str) -> tuple[str, ...]:
+    """What templates make of a turn's text, as a rule."""
+    return content, content.strip(), content.lstrip(), content.rstrip()
+
+
+def cut(body: str, start: int, thoughts: str, said: str) -> str:
+    """The text of an unfinished answer, so that the model learns no end where there was none. White space at its end
+    goes too: it may be half a token. Raises Refusal if the template changes its text."""
+    body = body.rstrip()
+    if said.strip():
+        found = len(body) if body.endswith(said.strip()) else -1
+    else:
+        at = body.rfind(thoughts.strip(), start) if thoughts.strip() else -1
+        found = at + len(thoughts.strip()) if at >= 0 else -1
+    if found < start:
+        raise Refusal("the chat template rewrites an unfinished answer: where its text ends cannot be told")
+    return body[:found]
+
+
+def find_rows(conversation: dict, chat: ChatTemplate) -> tuple[list[Row], Counter[str]]:
+    """-> (rows, notes). As few rows as possible: an answer joins the row of those before it if its context begins with
+    what the model learnt there. Raises Refusal."""
+    rows: list[Row] = []
+    notes: Counter[str] = Counter()
+    before = None
+    for number, message in enumerate(conversation["messages"]):
+        if message["role"] != "assistant" or message.get("train") is False:
+            continue
+        answer = find_answer(conversation, number, chat)
+        spans: tuple[tuple[int, int], ...] = ((answer.start, len(answer.text)),)
+        if before is not None and answer.text.startswith(before.inner):
+            earlier = rows.pop().spans
+            spans = (*earlier[:-1], (earlier[-1][0], len(before.inner)), *spans)
+        rows.append(Row(answer.text, spans))
+        notes.update([answer.note] if answer.note else [])
+        before = answer
+    return rows, notes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the template writes conversations of certain roles, if it writes all of one as a single row."""
+
+    pieces: list[str]  # what stands before each turn's text, and behind the last
+    spans: list[tuple[int, int, int]]  # a turn that is learnt; characters learnt before its text, and behind it
+    notes: Counter[str]
+
+
+@lru_cache(maxsize=4096)
+def plan(chat: ChatTemplate, turns: tuple[tuple[str, bool], ...]) -> Plan | None:
+    """`find_rows` of a conversation with a mark for each turn's text. turns: (role, whether it is learnt)."""
+    messages = [{"role": role, "content": MARK.format(i), "train": learnt} for i, (role, learnt) in enumerate(turns)]
+    (row, *more), notes = find_rows({"messages": messages}, chat)
+    places = [(found.start(), found.end()) for found in MARKS.finditer(row.text)]
+    pieces = MARKS.split(row.text)
+    if more or len(places) != len(turns):
+        return None
+    starts = {start: i for i, (start, _) in enumerate(places)}
+    spans = []
+    for a, b in row.spans:
+        turn = next((starts[start] for start in sorted(starts) if a <= start < b), -1)
+        spans.append((turn, places[turn][0] - a, b - places[turn][1]))
+    return Plan(pieces, spans, notes)
+
+
+def find_quickly(conversation: dict, chat: ChatTemplate) -> tuple[list[Row], Counter[str]] | None:
+    """The same as `find_rows` from a single rendering, where a plan and plain texts allow it, else None."""
+    messages = conversation["messages"]
+    while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("train") is False):
+        messages = messages[:-1]  # a row stops with the last answer that is learnt
+    plain = not conversation.get("tools") and not conversation.get("unfinished") and bool(messages)
+    if not plain or any(not m.keys() <= {"role", "content", "train"} or TAG.search(m["content"]) for m in messages):
+        return None
+    try:
+        found = plan(chat, tuple((m["role"], m.get("train") is not False) for m in messages))
+    except Refusal:
+        return None
+    if found is None:
+        return None
+    text, places = chat.render(messages), []
+    at = len(found.pieces[0])
+    if not text.startswith(found.pieces[0]):
+        return None
+    for message, behind in zip(messages, [*found.pieces[1:-1], chat.ends.after], strict=True):
+        for written in as_written(message["content"]):
+            if text.startswith(written + behind, at):
+                break
+        else:
+            return None  # the template does something to the text
+        places.append((at, at + len(written)))
+        at += len(written + behind)
+    if at != len(text):
+        return None
+    spans = [(places[turn][0] - before, places[turn][1] + behind) for turn, before, behind in found.spans]
+    return [Row(text[: places[-1][1]] + found.pieces[-1], tuple(spans))], found.notes

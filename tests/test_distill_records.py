@@ -1,0 +1,54 @@
+"""distill.py: what its records hold beside the text, and which prompts it asks."""
+
+import pytest
+from conftest import make_tokenizer, write_jsonl
+from distilling import asker, make_chat_dir, records
+
+from common.errors import BadInput
+from conversations.labels import encode
+from conversations.template import ChatTemplate
+
+
+@pytest.fixture
+def chat_dir(tmp_path):
+    return make_chat_dir(tmp_path)
+
+
+@pytest.fixture
+def ask(chat_dir, tmp_path, monkeypatch):
+    return asker(chat_dir, tmp_path, monkeypatch)
+
+
+def test_a_thought_that_the_prompt_opens_is_whole_in_the_messages_and_trained_on_as_it_was(ask, chat_dir):
+    """The chat template would cut it out of the finished answer."""
+    tokenizer = make_tokenizer(
+        "llama3",
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}{% if think %}<think>\n{% endif %}{% endif %}",
+    )
+    tokenizer.save_pretrained(chat_dir)
+    out = records(ask(chat_template_kwargs='{"think": true}'))
+    assert out
+    for record in out:
+        assert tokenizer.decode(record["prompt_ids"]).endswith("<|eot_id|><think>\n")
+        assert record["messages"][-1]["content"].startswith("<think>\n")
+        (row,) = encode(record, ChatTemplate(tokenizer), 1000)
+        assert row["input_ids"] == record["prompt_ids"] + record["answer_ids"]
+    assert "<think>" not in ask("other.jsonl", chat_template_kwargs='{"think": false}').read_text()
+
+
+def test_system_turns_are_kept_or_given(ask, tmp_path):
+    turns = [{"role": "system", "content": "be old"}, {"role": "user", "content": "why"}]
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"messages": turns}, {"messages": turns[1:]}])
+    found = [r["messages"][0] for r in records(ask(prompts=prompts, max_new_tokens=40, system="be new"))]
+    assert found == [{"role": "system", "content": f"be {age}"} for age in ("old", "new")]
+
+
+def test_a_prompt_that_the_template_refuses_is_named(ask, chat_dir, tmp_path):
+    template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
+    (chat_dir / "chat_template.jinja").write_text(template)
+    prompts = write_jsonl(
+        tmp_path / "p.jsonl", [{"messages": [{"role": r, "content": "why"}]} for r in ("user", "user")]
+    )
+    with pytest.raises(BadInput, match="prompt 1: the chat template refuses it: no system"):
+        ask(prompts=prompts, system="be old")

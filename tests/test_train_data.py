@@ -1,0 +1,106 @@
+"""train.py: the data that its flags ask for, and what it says of it."""
+
+import datetime
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from conftest import assert_same, logged, make_conversations, make_tokenizer, weights, write_jsonl
+from transformers import GenerationConfig
+
+from common.errors import BadInput
+from training import run
+
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}\n{{ m.content }}<|eot_id|>{% endfor %}"
+)
+
+
+def test_a_look_at_the_data(train, data_file, capsys, caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": []}])
+    with open(data_file, "a") as file:
+        file.write(Path(bad).read_text())
+    out = train("--show_data", 2, "--eval_holdout", 8, "--packing", True)
+    text = capsys.readouterr().out
+    assert text.count("--- row") == 2 and "<|eot_id|>⟧" in text
+    assert text.count("<|begin_of_text|>") == 2  # one conversation a row, though --packing would join them
+    for line in (
+        "records read",
+        "records used",
+        "skipped: held out to evaluate on",
+        "skipped: no turns",
+        "rows of tokens",
+    ):
+        assert line in caplog.text
+    assert not out.exists()  # no model was made
+
+
+def test_counts_of_records(train, data_file, caplog):
+    caplog.set_level(logging.INFO)
+    train("--show_data", 1, "--eval_holdout", 8)
+    counts = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in caplog.text.splitlines() if line[:1] == "|"
+    }
+    assert counts["records read"] == "8"  # the last of the two tables, of the held-out part
+    assert "| records used" in caplog.text and "40" in caplog.text
+
+
+def test_several_files_and_a_split_to_evaluate_on(train, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    directory = tmp_path / "set"
+    directory.mkdir()
+    conversations = make_conversations(14)
+    for name, part in (("train-0", slice(0, 5)), ("train-1", slice(5, 10)), ("test", slice(10, 14))):
+        write_jsonl(directory / f"{name}.jsonl", conversations[part])
+    out = train("--data_path", directory, "--eval_split", "test", "--max_steps", 1)
+    assert "10 rows to train on, 4 to evaluate on" in caplog.text and logged(out, "eval_loss")
+    # one flag, two paths
+    both = [directory / "train-0.jsonl", directory / "train-1.jsonl"]
+    again = train("--data_path", f"{both[0]}", "--eval_data_path", f"{both[1]}", "--max_steps", 1, output="again")
+    assert "5 rows to train on, 5 to evaluate on" in caplog.text and logged(again, "eval_loss")
+
+
+def test_the_same_split_twice_is_refused(train):
+    with pytest.raises(BadInput, match="--eval_split train is what --train_split names"):
+        train("--eval_split", "train")
+
+
+def test_kwargs_that_are_no_json_are_refused_before_anything_loads(train):
+    with pytest.raises(BadInput, match="--chat_template_kwargs"):
+        train("--chat_template_kwargs", "{", "--model_name_or_path", "no/such/model")
+
+
+class Tomorrow(datetime.date):
+    @classmethod
+    def today(cls):
+        return cls(2031, 1, 2)
+
+
+def test_a_run_is_resumed_on_another_day_with_the_data_of_the_first(train, model_dir, monkeypatch):
+    """Though the chat template prints the date."""
+    make_tokenizer("llama3", DATED).save_pretrained(model_dir)
+    flags = ("--max_steps", 4, "--save_steps", 2, "--medusa_only_heads", True, "--lr_scheduler_type", "constant")
+    whole = weights(train(*flags, output="whole"))
+    train("--max_steps", 2, *flags[2:])
+    monkeypatch.setattr(run, "Date", Tomorrow)
+    resumed = train(*flags, "--resume_from_checkpoint", True)
+    assert_same(weights(resumed), whole)
+    assert json.loads((resumed / "checkpoint-4" / "run.json").read_text())["date"] == datetime.date.today().isoformat()
+
+
+def test_the_models_own_stop_tokens_are_learnt(train, model_dir, data_file, capsys):
+    """Here the next role's marker, where the template has no end of turn."""
+    template = "{% for m in messages %}<|start_header_id|>{{ m.content }}{% endfor %}"
+    tokenizer = make_tokenizer("llama3", template)
+    tokenizer.save_pretrained(model_dir)
+    GenerationConfig(eos_token_id=1).save_pretrained(model_dir)
+    train("--show_data", 1)
+    assert "<|start_header_id|>⟧" not in capsys.readouterr().out
+    GenerationConfig(eos_token_id=[1, tokenizer.convert_tokens_to_ids("<|start_header_id|>")]).save_pretrained(
+        model_dir
+    )
+    train("--show_data", 1)
+    assert "<|start_header_id|>⟧" in capsys.readouterr().out
