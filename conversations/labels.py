@@ -18,7 +18,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\b")
 FOREIGN = "records whose tokens are not this tokenizer's: tokenised anew from their text"
 
 
-def recorded(conversation: dict, tokenizer) -> dict | None:
+def recorded(conversation: dict, tokenizer, max_length: int) -> dict | None:
     """The row of a record that holds the tokens which the model read and wrote (distill.py's), or None if they are not
     this tokenizer's."""
     prompt, answer = list(conversation["prompt_ids"]), list(conversation["answer_ids"])
@@ -30,7 +30,8 @@ def recorded(conversation: dict, tokenizer) -> dict | None:
     said = [text.strip() for whole in texts for text in (whole, whole.rstrip("\ufffd"))]
     if not any(text and content.endswith(text) for text in said):
         return None
-    return {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer, "ends": [len(prompt + answer)]}
+    row = {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
+    return {key: tokens[:max_length] for key, tokens in row.items()} | {"cut": len(prompt + answer) > max_length}
 
 
 def first_token(out, row: int, char: int, length: int) -> int:
@@ -39,24 +40,24 @@ def first_token(out, row: int, char: int, length: int) -> int:
     return next((token for token in tokens if token is not None), len(out["input_ids"][row]))
 
 
-def tokenise(rows: list[Row], tokenizer) -> Iterator[dict]:
-    """-> input_ids, labels and where the answers end, of each row. A token is a label if it has a character of a span.
-    (Read from where the tokens lie in the text: a tokenizer that drops white space has no token there, and nothing
-    else is drawn in.)"""
+def tokenise(rows: list[Row], chat: ChatTemplate, max_length: int) -> Iterator[dict]:
+    """-> input_ids `[T]`, T <= max_length, labels, and how many answers are cut, of each row. A token is a label if it
+    has a character of a span. (Read from where the tokens lie in the text: a tokenizer that drops white space has no
+    token there, and nothing else is drawn in.)"""
     if not rows:
         return
     texts = [row.text for row in rows]
-    out = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    out = chat.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     for i, row in enumerate(rows):
-        ids = out["input_ids"][i]
-        labels, ends = [IGNORE] * len(ids), []
+        ids, cut = out["input_ids"][i], 0
+        labels = [IGNORE] * len(ids)
         for start, end in row.spans:
             first, behind = (first_token(out, i, char, len(row.text)) for char in (start, end))
             while start < end and behind < len(ids) and out.token_to_chars(i, behind).start < end:
                 behind += 1
             labels[first:behind] = ids[first:behind]
-            ends.append(behind)
-        yield {"input_ids": ids, "labels": labels, "ends": ends}
+            cut += behind > max_length
+        yield {"input_ids": ids[:max_length], "labels": labels[:max_length], "cut": cut}
 
 
 @dataclass
@@ -75,7 +76,7 @@ def encode_all(conversations: list[dict], chat: ChatTemplate, max_length: int) -
     for conversation, result in zip(conversations, results, strict=True):
         found: list[Row] = []
         if conversation.get("answer_ids"):
-            row = recorded(conversation, chat.tokenizer)
+            row = recorded(conversation, chat.tokenizer, max_length)
             result.rows += [row] if row else []
             result.notes.update([] if row else [FOREIGN])
         if not result.rows:
@@ -86,14 +87,11 @@ def encode_all(conversations: list[dict], chat: ChatTemplate, max_length: int) -
                 result.problem = str(refusal)
         texts += found
         counts.append(len(found))
-    tokens = tokenise(texts, chat.tokenizer)
+    tokens = tokenise(texts, chat, max_length)
     for result, count in zip(results, counts, strict=True):
         result.rows += itertools.islice(tokens, count)
-        for row in result.rows:
-            over = sum(end > max_length for end in row.pop("ends"))
-            if over:
-                result.notes[f"answers cut by --model_max_length {max_length}"] += over
-                row |= {key: row[key][:max_length] for key in ("input_ids", "labels")}
+        if cut := sum(row.pop("cut") for row in result.rows):
+            result.notes[f"answers cut by --model_max_length {max_length}"] += cut
     return results
 
 

@@ -59,6 +59,8 @@ def find_turns(record: dict, ask: bool) -> list:
             return turns
     question, answer = _first(record, QUESTION), _first(record, ANSWER)
     if question is None or (answer is None and not ask):
+        if empty := [field for field in TURNS if record.get(field) is not None]:
+            raise Problem(f"no turns: '{empty[0]}' is empty")
         names = [shown(name) for name in sorted(map(str, record))]
         listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise Problem(f"no turns: its fields are {listed}" if names else "no turns: it has no fields")

@@ -110,7 +110,7 @@ def test_tokens_and_unfinished_are_kept():
 
 IDS = "'prompt_ids' and 'answer_ids' are not two lists of token ids"
 REFUSED = [
-    ("no turns: its fields are 'messages'", {"messages": []}),
+    ("no turns: 'messages' is empty", {"messages": []}),
     ("no turns: its fields are 'id', 'text'", {"text": "why", "id": 3}),
     ("no turns: its fields are 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', ...", dict.fromkeys("abcdefghi")),
     ("no turns: its fields are 'prompt'", {"prompt": "why"}),

@@ -129,7 +129,7 @@ def test_several_files_are_numbered_on(tmp_path):
     summary = Summary("chats")
     assert list(load_conversations(files, summary)["record"]) == [1, 3]
     assert (summary.read, summary.used) == (4, 2)
-    assert summary.skipped == {"no turns: its fields are 'messages'": [2, 2]}
+    assert summary.skipped == {"no turns: 'messages' is empty": [2, 2]}
 
 
 def test_summary_is_the_same_from_the_cache(tmp_path, monkeypatch):
