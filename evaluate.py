@@ -164,7 +164,9 @@ def main():
     summary, split = Summary(" ".join(args.data_path)), args.eval_split or args.train_split
     data = load_conversations(args.data_path, summary, config=args.dataset_config, split=split)
     if args.eval_holdout:
+        logger.info("%s", summary.table())
         data = split_conversations(data, None, args.eval_holdout)[1]
+        summary = Summary("the held-out part", len(data))
     dtype = getattr(torch, args.dtype)
     model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
