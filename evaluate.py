@@ -165,8 +165,9 @@ def main():
     data = load_conversations(args.data_path, summary, config=args.dataset_config, split=split)
     if args.eval_holdout:
         logger.info("%s", summary.table())
-        data = split_conversations(data, None, args.eval_holdout)[1]
-        summary = Summary("the held-out part", len(data))
+        _, held_out = split_conversations(data, None, args.eval_holdout)
+        assert held_out is not None
+        data, summary = held_out, Summary("the held-out part", len(held_out))
     dtype = getattr(torch, args.dtype)
     model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conversations.ends import MARK, MARKS
+from conversations.ends import MARK, MARKS, find_context, shared
 from conversations.template import ChatTemplate, Refusal
 from conversations.thoughts import CLOSES, EMPTY, EMPTY_END, OPEN_END, TAG, split_thoughts, write_thoughts
 
@@ -45,36 +45,48 @@ def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
     unfinished = number + 1 == len(turns) and bool(conversation.get("unfinished"))
     prompt, text = chat.context(turns[:number], tools), chat.render(turns[: number + 1], tools)
     body, end, inner = find_end(conversation, number, text, chat)
-    start = len(prompt)
-    if not text.startswith(prompt):  # it may open a thought, or close it at once, where the finished answer does not
-        shorter = (OPEN_END.sub("", prompt), EMPTY_END.sub("", prompt), prompt.rstrip())
-        start = next((len(context) for context in shorter if text.startswith(context)), -1)
+    kept = find_context(chat, turns[:number], tools, prompt, text)
+    check_calls(message, body[len(shared([body, prompt])) :])
     thoughts, said = split_thoughts(message)
-    if thoughts.strip() and not (start >= 0 and has_thoughts(body[start:], thoughts, said, prompt, text)):
+    if thoughts.strip() and not (kept is not None and has_thoughts(body[len(kept) :], thoughts, said, prompt, kept)):
         # The template cuts thoughts from finished answers, or knows none.
-        if message.get("tool_calls") or (message.get("reasoning_content") and not chat.knows_thoughts):
+        if message.get("tool_calls") or (message.get("reasoning_content") and not chat.styles):
             thoughts, note = "", UNWRITTEN
         else:
             prompt = EMPTY_END.sub("", prompt)
-            return in_context(prompt, write_thoughts(message, prompt), end, inner, unfinished)
-    if start < 0:  # the template writes the turns before the answer otherwise once it is there
-        written = next((text for text in as_written(message["content"]) if body.endswith(text)), None)
-        if written is None or message.get("tool_calls"):
+            written = write_thoughts(message, prompt, chat.styles, chat.lead, unfinished)
+            return in_context(prompt, written, end, inner, unfinished)
+    opened = OPEN_END.search(prompt)
+    if not thoughts.strip() and opened:
+        note = note or NO_THOUGHTS
+    if kept is None:  # the template writes the turns before the answer otherwise once it is there
+        whole = next((text for text in as_written(message["content"]) if body.endswith(text)), None)
+        if whole is None or message.get("tool_calls"):
             raise Refusal("the chat template neither keeps the prompt in front of an answer nor the answer's text")
-        return in_context(prompt, chat.lead + written, end, inner, unfinished)
-    if text.startswith(chat.header, start):
-        start += len(chat.header)
-    if not thoughts.strip():
-        opened = OPEN_END.search(prompt)
-        empty = EMPTY.match(text, opened.start() if opened and start == len(prompt) else start)
-        if empty and chat.knows_thoughts:  # the template's, not the model's
-            start = empty.end()
-        if opened:
-            note = note or NO_THOUGHTS
+        prompt = prompt if thoughts.strip() else OPEN_END.sub("", prompt)
+        return in_context(prompt, chat.lead + whole, end, inner, unfinished, note)
+    start = len(kept)
     if unfinished:
         body = cut(body, start, thoughts, said)
-        return Answer(body, start, body, note)
-    return Answer(body + end, start, body + inner, note)
+    if not prompt.startswith(kept) or (not thoughts.strip() and EMPTY_END.search(prompt) and kept != prompt):
+        return in_context(prompt, body[start:], end, inner, unfinished, note)
+    if text.startswith(chat.header, start):
+        start += len(chat.header)
+    if not thoughts.strip() and chat.styles:  # a block without thoughts is the template's, not the model's
+        begin = opened.start() if opened and kept == prompt else start
+        if found := EMPTY.match(text, begin):
+            is_lead = text.startswith(chat.lead, start) and EMPTY.fullmatch(text[begin:start] + chat.lead)
+            start = start + len(chat.lead) if is_lead else found.end()
+    return Answer(body, start, body, note) if unfinished else Answer(body + end, start, body + inner, note)
+
+
+def check_calls(message: dict, written: str):
+    """Raises Refusal if the template leaves out a call of a tool."""
+    for call in message.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        leaves = [str(value) for value in arguments.values()] if isinstance(arguments, dict) else [arguments]
+        if not any(word and word in written for word in (leaves or [call["function"]["name"]])):
+            raise Refusal("the chat template does not write the tool calls of an answer")
 
 
 def find_end(conversation: dict, number: int, text: str, chat: ChatTemplate) -> tuple[str, str, str]:
@@ -92,17 +104,18 @@ def find_end(conversation: dict, number: int, text: str, chat: ChatTemplate) -> 
     return body, ends.last, ends.inner
 
 
-def has_thoughts(written: str, thoughts: str, said: str, prompt: str, text: str) -> bool:
-    """Whether the template writes an answer with its thoughts, right behind a prompt that may have opened them."""
+def has_thoughts(written: str, thoughts: str, said: str, prompt: str, kept: str) -> bool:
+    """Whether the template writes an answer with its thoughts, right behind a prompt that may have opened them but has
+    not closed them."""
     before, found, behind = written.partition(thoughts.strip())
-    as_is = text.startswith(prompt) or not OPEN_END.search(prompt)
+    as_is = not EMPTY_END.search(prompt) if kept == prompt else not OPEN_END.search(prompt)
     return bool(found) and as_is and not CLOSES.search(before) and said.strip() in behind
 
 
-def in_context(prompt: str, written: str, end: str, inner: str, unfinished: bool) -> Answer:
+def in_context(prompt: str, written: str, end: str, inner: str, unfinished: bool, note: str = "") -> Answer:
     """An answer behind its prompt, where the template does not write the two together."""
     body = prompt + (written.rstrip() if unfinished else written)
-    return Answer(body if unfinished else body + end, len(prompt), body + inner)
+    return Answer(body if unfinished else body + end, len(prompt), body + inner, note)
 
 
 def as_written(content: str) -> tuple[str, ...]:

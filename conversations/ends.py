@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from common.errors import BadInput
+from conversations.thoughts import EMPTY_END, OPEN_END
 
 MARK = "\ue0f7{}\ue0f7"  # of a private-use character: nothing that a template would change
 MARKS = re.compile(MARK.format(r"\d+"))
@@ -50,6 +51,10 @@ def find_ends(chat) -> Ends | None:
         own = own[:stop]
     elif header:
         own = chat.whole(own[:header])
+    else:  # the next turn begins as the conversation does
+        bos = chat.tokenizer.bos_token
+        opens = next((found[0] for found in chat.added.finditer(start) if found[0] != bos), "")
+        own = chat.whole(own.partition(opens)[0]) or own if opens else own
     if own:
         # An EOS may close the conversation. The model writes it only if it has not stopped before.
         closes = 0 if chat.first_stop(own, chat.stops) else chat.first_stop(after, chat.stops)
@@ -59,7 +64,7 @@ def find_ends(chat) -> Ends | None:
         return Ends(after, last, follows[: chat.first_stop(follows[:header])] or last, False, follows)
     if not follows[:header].strip():
         header = 0
-    between = follows[: chat.first_stop(follows[:header] if header else follows)]
+    between = follows[: chat.first_stop(follows[:header] if header else follows)] or chat.whole(follows[:header])
     return Ends(after, between, between, bool(between) and not header, follows)
 
 
@@ -86,11 +91,30 @@ def closing(chat) -> str:
     return rest if chat.first_stop(rest) == len(rest) else ""
 
 
+def find_context(chat, before: list[dict], tools, prompt: str, text: str) -> str | None:
+    """What the finished text keeps of the prompt. Or of the same turns without their thoughts: some templates drop
+    those once the answer is there. None if it keeps neither."""
+    if text.startswith(prompt):
+        return prompt
+    for shorter in (OPEN_END.sub("", prompt), EMPTY_END.sub("", prompt)):  # of a thought that it opens or closes
+        if text.startswith(shorter):
+            return shorter
+    same = shared([prompt, text])
+    if not prompt[len(same) :].strip():
+        return same
+    if any("reasoning_content" in message for message in before):
+        bare = [{key: value for key, value in message.items() if key != "reasoning_content"} for message in before]
+        if text.startswith(context := chat.context(bare, tools)):
+            return context
+    return None
+
+
 def find_lead(chat) -> str:
     """What the template writes between the prompt for an answer and the answer's text."""
-    text, prompt = chat.render(ONE), chat.context(QUESTION)
-    lead, found, _ = text[len(prompt) :].partition(ONE[1]["content"])
-    return lead if found and text.startswith(prompt) else ""
+    text = chat.render(ONE)
+    kept = find_context(chat, QUESTION, None, chat.context(QUESTION), text)
+    lead, found, _ = text[len(kept or "") :].partition(ONE[1]["content"])
+    return lead if found and kept is not None else ""
 
 
 def is_header(chat, lead: str) -> bool:
@@ -98,6 +122,6 @@ def is_header(chat, lead: str) -> bool:
     the header of the next answer, asked or not."""
     if chat.asks or not lead.strip():
         return False
-    finished = (chat.render(turns).removesuffix(chat.closing) for turns in (QUESTION, ONE))
+    finished = (chat.render(turns, generate=True).removesuffix(chat.closing) for turns in (QUESTION, ONE))
     close = shared([text[::-1] for text in finished])[::-1].split(MARK[-1])[-1]
     return not close.strip() or chat.ends.follows.startswith(close)

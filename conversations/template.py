@@ -6,11 +6,11 @@ import re
 from datetime import date as Date
 from functools import cached_property
 
-from jinja2 import TemplateError, UndefinedError
+from jinja2 import TemplateError
 
 from common.errors import BadInput, first_line
 from conversations.ends import Ends, closing, find_ends, find_lead, is_header
-from conversations.thoughts import CLOSES
+from conversations.thoughts import is_foreign, split_thoughts, styles_in
 
 DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
@@ -37,7 +37,8 @@ class ChatTemplate:
 
         self.text = dated(tokenizer.get_chat_template())
         self.tools_text = dated(tokenizer.get_chat_template(tools=[]))  # some tokenizers have another one for tools
-        self.knows_thoughts = bool(CLOSES.search(self.text + self.tools_text))
+        self.styles = styles_in(self.text + self.tools_text)  # of thoughts
+        self.reads_thoughts = bool(self.styles or re.search(r"reasoning_content|\bthinking\b", self.text))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,10 +70,10 @@ class ChatTemplate:
                 )
                 assert isinstance(text, str)
                 return text
-            except (UndefinedError, TypeError, KeyError, IndexError, AttributeError) as error:
+            except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+                if type(error) is TemplateError:  # what raise_exception raises, and nothing else
+                    raise Refusal(f"the chat template refuses it: {first_line(error)}") from error
                 failure = error
-            except (TemplateError, ValueError) as error:  # the template's own refusal
-                raise Refusal(f"the chat template refuses it: {first_line(error)}") from error
         raise Refusal(f"the chat template fails on it: {first_line(failure)}") from failure
 
     def as_asked(self, message: dict) -> dict:
@@ -80,6 +81,9 @@ class ChatTemplate:
         message = {key: value for key, value in message.items() if key != "train"}
         if message["role"] == "developer" and "developer" not in self.text:
             message["role"] = "system"
+        if message["role"] == "assistant" and self.reads_thoughts and is_foreign(message["content"], self.styles):
+            thoughts, said = split_thoughts(message)  # in another model's tags
+            message |= {"content": said.lstrip("\n"), "reasoning_content": thoughts.strip()}
         if "reasoning_content" in message:  # gpt-oss calls it thinking
             message["thinking"] = message["reasoning_content"]
         return message
@@ -99,7 +103,7 @@ class ChatTemplate:
     def asks(self) -> bool:
         """Whether it heeds the wish for a prompt."""
         question = [{"role": "user", "content": "?"}]
-        return self.render(question, generate=True) != self.render(question)
+        return not self.render(question).startswith(self.render(question, generate=True))
 
     @cached_property
     def ends(self) -> Ends:

@@ -22,6 +22,7 @@ from conversations.template import ChatTemplate, Refusal
 THINKS_LAST = TURNS.replace(
     "CONTENT", "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
 )
+CALLS = [{"type": "function", "function": {"name": "w", "arguments": {"city": "x"}}}]
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
@@ -270,10 +271,9 @@ def test_thoughts_that_cannot_be_written_and_missing_ones_are_counted():
 
 
 def test_arguments_of_calls_as_the_template_wants_them():
-    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "x"}}}
     turns = [
         turn("user", "why"),
-        turn("assistant", "") | {"tool_calls": [call]},
+        turn("assistant", "") | {"tool_calls": CALLS},
         turn("tool", "old"),
         turn("assistant", "cold"),
     ]
@@ -285,3 +285,9 @@ def test_arguments_of_calls_as_the_template_wants_them():
         text = "".join(called).replace("Ġ", " ")
         assert json.loads(text.removesuffix("<|im_end|>")) == {"city": "x"} and text.endswith("<|im_end|>")
         assert "old" in between and answer == ["cold", "<|im_end|>"]
+
+
+def test_calls_that_the_template_does_not_write_are_refused():
+    turns = [turn("user", "why"), turn("assistant", "") | {"tool_calls": CALLS}, turn("tool", "old"), *CHAT[3:]]
+    with pytest.raises(Refusal, match="does not write the tool calls of an answer"):
+        labelled(turns, make_chat("chatml"))

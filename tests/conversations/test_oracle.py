@@ -17,10 +17,19 @@ OTHERS = ("Xy", "7zQ")  # nothing in common at either end, neither with each oth
 EMPTY = re.compile(r"\s*<think>\s*</think>\s*\Z")
 THOUGHTS = ("reasoning", "reasoning_two")
 # Where the method does not apply: GLM-4.5 writes no line end before an answer without text, Mistral drops the system
-# turn from finished conversations, R1 the thoughts beside an answer. There only the labels written by hand are right.
+# turn from finished conversations, R1 and others the thoughts beside an answer. There only the labels written by hand
+# are right. `open_last` has its end only between turns, and it is no token on which the model stops.
 CANNOT = {("glm45", "empty")}
 CANNOT |= {(name, case) for name in ("mistral_v3", "mistral_nemo") for case in ("system_one", "system_three")}
-CANNOT |= {(name, "reasoning") for name in ("deepseek_r1", "deepseek_r1_first_release")}
+DROP_THOUGHTS = (
+    "deepseek_r1",
+    "deepseek_r1_first_release",
+    "gemma4",
+    "qwen3_no_thinking",
+    "closes_empty_thought",
+    "thought_tags",
+)
+CANNOT |= {(name, "reasoning") for name in DROP_THOUGHTS} | {("thought_tags", "reasoning_two")}
 
 
 def common_start(a: str, b: str) -> str:
@@ -72,10 +81,10 @@ def labels_by_trial(conversation, chat, tools=None) -> list[tuple[str, str]]:
             answer, end = answer.rstrip(), ""
         if head.startswith(prompt):
             begins, block = head[len(prompt) :], EMPTY.search(head)
-            no_prompt = prompt == render(before) and not common_end(prompt, finished).strip()
+            no_prompt = render(before).startswith(prompt) and not common_end(prompt, finished).strip()
             is_header = no_prompt and begins.strip() and "reasoning_content" not in message
             context = head if is_header or (block and block.start() <= len(prompt)) else prompt
-        elif re.fullmatch(r"<think>\s*", prompt[len(common_start(prompt, head)) :]):
+        elif re.fullmatch(r"<think>\s*|<thought>\s*", prompt[len(common_start(prompt, head)) :]):
             context = head  # asked to think, it did not
         elif prompt.startswith(head):
             context = head = prompt  # the prompt goes on where a finished answer does not
@@ -107,10 +116,11 @@ PAIRS = [
     (name, case)
     for name, case in suite.cases()
     if (case in suite.PLAIN or case in THOUGHTS) and (name, case) not in CANNOT and suite.compose(name, case)
+    if name != "open_last"
 ]
 
 
-@pytest.mark.parametrize("name", suite.SPECS)
+@pytest.mark.parametrize("name", sorted({name for name, _ in PAIRS}))
 def test_both_methods_find_the_same_labels(name):
     for case in (case for template, case in PAIRS if template == name):
         trial, rows, tokenizer = both(name, case)
@@ -124,7 +134,10 @@ def test_where_the_method_does_not_apply_it_says_so(name, case):
 
 
 def test_the_method_applies_nearly_everywhere():
-    assert len(PAIRS) > 650 and {name for name, _ in PAIRS} == suite.SPECS.keys() - {"deepseek_v31_thinking"}
+    assert len(PAIRS) > 650 and {name for name, _ in PAIRS} == suite.SPECS.keys() - {
+        "deepseek_v31_thinking",
+        "open_last",
+    }
 
 
 def wrong(row: dict, how: str) -> dict:
