@@ -7,6 +7,7 @@ import csv
 import heapq
 import json
 import re
+import statistics
 import sys
 from functools import cache
 from itertools import pairwise
@@ -22,6 +23,7 @@ PASS, OLD_PASS = "step_time_2_h100.csv", "step_time_h100.csv"
 KERNELS, OLD_KERNELS = "pass_kernels_h100.txt", "pass_kernels_before_h100.txt"
 MEMORY, OLD_MEMORY = "memory.csv", "2026-11-23_memory_h100.csv"
 ONE_EPOCH, OWN = "2026-11-23_smollm2_sharegpt_accuracy.json", "smollm2_own_accuracy.json"
+READING = "2026-11-26_reading_cpu.csv"
 RUNS = "2026-11-23_smollm2_sharegpt_runs.csv"
 GENTLE, RUINED = "stage2_2.5e-5_accuracy.json", "stage2_5e-4_accuracy.json"
 SETS = {"ShareGPT": "smollm2_sharegpt_accuracy.json", "own answers, 3 ResBlocks": OWN}
@@ -60,6 +62,11 @@ def row(file: str, **columns) -> dict:
     if len(found := rows(file, **columns)) == 1:
         return found[0]
     sys.exit(f"{file} has {len(found)} rows with {columns}, not one")
+
+
+def median(file: str, key: str, less: str = "", **columns) -> float:
+    """Of a column, or of what it has more than the column `less`."""
+    return statistics.median(row[key] - (row[less] if less else 0) for row in rows(file, **columns))
 
 
 def dot(*shares: float, digits: int = 3) -> str:
