@@ -34,7 +34,7 @@ from conversations.options import add_options, parse_kwargs
 from conversations.prompts import read_prompts, tokenise, with_system
 from conversations.template import ChatTemplate
 from conversations.thoughts import OPEN_END
-from conversations.tokenizer import load_tokenizer
+from conversations.tokenizer import load_tokenizer, to_words
 from decoding.answers import answer_all
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import context_length, end_tokens, load_backbone
@@ -108,9 +108,9 @@ def load(args) -> tuple[MedusaModel, set[int]]:
 def to_text(answer: list[int], ends: set[int], tokenizer) -> tuple[str, str]:
     """-> (the answer's text, "finished", "unfinished" or "empty")."""
     if answer[-1] in ends:
-        text, kind = tokenizer.decode(answer[:-1], skip_special_tokens=True), "finished"
+        text, kind = to_words(answer[:-1], tokenizer), "finished"
     else:  # its last token may be half a character
-        text, kind = tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd"), "unfinished"
+        text, kind = to_words(answer, tokenizer).rstrip("\ufffd"), "unfinished"
     return text.strip(), kind if text.strip() else "empty"
 
 
@@ -133,8 +133,11 @@ def main():
     prompts = [with_system(conversation, args.system) for conversation in prompts]
     tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
     chat = ChatTemplate(tokenizer, kwargs=kwargs)
-    ids = dict(enumerate(tokenise(prompts, chat), 1))
-    asked = [number for number in ids if len(ids[number]) <= args.max_prompt_length]
+    refused: Counter[str] = Counter()
+    ids = dict(enumerate(tokenise(prompts, chat, refused), 1))
+    if prompts and not any(ids.values()):
+        raise BadInput(f"{args.prompts}: no prompt can be asked: {next(iter(refused), 'they have no tokens')}")
+    asked = [number for number in ids if 0 < len(ids[number]) <= args.max_prompt_length]
     batch_size = min(args.batch_size, len(asked)) or 1
     done = answered(output, asked, batch_size)
     if done:
@@ -167,9 +170,10 @@ def main():
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     logger.info(
         "%s: %d answers with an end and %d unfinished after %d tokens; left out: %d answers without text, %d prompts "
-        "of more than %d tokens",
+        "of more than %d tokens, %d prompts that the chat template does not write%s",
         *(output, kinds["finished"], kinds["unfinished"], args.max_new_tokens, kinds["empty"]),
-        *(len(prompts) - len(asked), args.max_prompt_length),
+        *(len(prompts) - len(asked) - refused.total(), args.max_prompt_length, refused.total()),
+        "".join(f" ({reason})" for reason, _ in refused.most_common(1)),
     )
 
 

@@ -20,7 +20,7 @@ import argparse
 import json
 import logging
 import os
-from contextlib import suppress
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from conversations.prompts import ask, tokenise
 from conversations.rows import prepare
 from conversations.sources import load_conversations, split_conversations
 from conversations.summary import Summary
-from conversations.template import ChatTemplate, Refusal
+from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import TOP
 from decoding.accuracy import own_text, reference_text
@@ -78,11 +78,9 @@ def make_room(path: Path):
 def first_prompts(conversations, chat: ChatTemplate, longest: int) -> list[list[int]]:
     """Tokens of what comes before each conversation's first answer, as a prompt. Leaves out prompts of more than
     `longest` tokens and those that the chat template refuses."""
-    prompts = []
-    for conversation in conversations:
-        with suppress(Refusal):  # `prepare` has counted it
-            prompts += tokenise([conversation | {"messages": ask(conversation["messages"])}], chat)
-    prompts = [prompt for prompt in prompts if len(prompt) <= longest]
+    asked = [conversation | {"messages": ask(conversation["messages"])} for conversation in conversations]
+    refused: Counter[str] = Counter()  # `prepare` has named the reasons
+    prompts = [prompt for prompt in tokenise(asked, chat, refused) if 0 < len(prompt) <= longest]
     if left_out := len(conversations) - len(prompts):
         logger.warning(
             "own text: left out %d of %d prompts, longer than %d tokens (--model_max_length or the model's context, "

@@ -44,7 +44,7 @@ def main():
     chat = ChatTemplate(tokenizer, load_stops(name, **access), parse_kwargs(model_args.chat_template_kwargs), date)
     train_data, eval_data = load_data(model_args, data_args, training_args, chat)
     if data_args.show_data:
-        return preview.show(train_data, chat, data_args.show_data)
+        return preview.show(train_data, chat, data_args.show_data if training_args.process_index == 0 else 0)
     identity = run.identity(model_args, training_args, checkpoint, date, train_data, eval_data)
     model = build_model(model_args, data_args, training_args, tokenizer, checkpoint)
     trainer = MedusaTrainer(

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conversations.ends import MARK, MARKS, find_context, shared
+from conversations.ends import MARK, MARKS, find_context
 from conversations.template import ChatTemplate, Refusal
 from conversations.thoughts import CLOSES, EMPTY, EMPTY_END, OPEN_END, TAG, split_thoughts, write_thoughts
 
@@ -46,7 +46,7 @@ def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
     prompt, text = chat.context(turns[:number], tools), chat.render(turns[: number + 1], tools)
     body, end, inner = find_end(conversation, number, text, chat)
     kept = find_context(chat, turns[:number], tools, prompt, text)
-    check_calls(message, body[len(shared([body, prompt])) :])
+    check_calls(turns[: number + 1], tools, text, chat)
     thoughts, said = split_thoughts(message)
     if thoughts.strip() and not (kept is not None and has_thoughts(body[len(kept) :], thoughts, said, prompt, kept)):
         # The template cuts thoughts from finished answers, or knows none.
@@ -80,12 +80,20 @@ def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
     return Answer(body, start, body, note) if unfinished else Answer(body + end, start, body + inner, note)
 
 
-def check_calls(message: dict, written: str):
-    """Raises Refusal if the template leaves out a call of a tool."""
-    for call in message.get("tool_calls", ()):
-        arguments = call["function"]["arguments"]
-        leaves = [str(value) for value in arguments.values()] if isinstance(arguments, dict) else [arguments]
-        if not any(word and word in written for word in (leaves or [call["function"]["name"]])):
+def check_calls(turns: list[dict], tools, text: str, chat: ChatTemplate):
+    """Raises Refusal if the template leaves out a call of the last turn: if its text is the same without that call."""
+    *before, message = turns
+    calls = message.get("tool_calls", [])
+    for i in range(len(calls)):
+        left = calls[:i] + calls[i + 1 :]
+        fewer = {key: value for key, value in message.items() if key != "tool_calls"}
+        if left:
+            fewer["tool_calls"] = left
+        try:
+            same = chat.render([*before, fewer], tools) == text
+        except Refusal:  # it has nothing to write then
+            same = False
+        if same:
             raise Refusal("the chat template does not write the tool calls of an answer")
 
 
@@ -163,6 +171,7 @@ class Plan:
 
     pieces: list[str]  # what stands before each turn's text, and behind the last
     spans: list[tuple[int, int, int]]  # a turn that is learnt; characters learnt before its text, and behind it
+    prompt: list[str]  # the pieces of the prompt for the last answer
     notes: Counter[str]
 
 
@@ -170,7 +179,11 @@ class Plan:
 def plan(chat: ChatTemplate, turns: tuple[tuple[str, bool], ...]) -> Plan | None:
     """`find_rows` of a conversation with a mark for each turn's text. turns: (role, whether it is learnt)."""
     messages = [{"role": role, "content": MARK.format(i), "train": learnt} for i, (role, learnt) in enumerate(turns)]
-    (row, *more), notes = find_rows({"messages": messages}, chat)
+    try:
+        (row, *more), notes = find_rows({"messages": messages}, chat)
+        prompt = MARKS.split(chat.context(messages[:-1]))
+    except Refusal:
+        return None
     places = [(found.start(), found.end()) for found in MARKS.finditer(row.text)]
     pieces = MARKS.split(row.text)
     if more or len(places) != len(turns):
@@ -180,21 +193,26 @@ def plan(chat: ChatTemplate, turns: tuple[tuple[str, bool], ...]) -> Plan | None
     for a, b in row.spans:
         turn = next((starts[start] for start in sorted(starts) if a <= start < b), -1)
         spans.append((turn, places[turn][0] - a, b - places[turn][1]))
-    return Plan(pieces, spans, notes)
+    return Plan(pieces, spans, prompt, notes)
+
+
+def interleave(pieces: list[str], words: list[str]) -> str | None:
+    """What stands between marks, with words in their place."""
+    if len(pieces) != len(words) + 1:
+        return None
+    return "".join(part for pair in zip(pieces, [*words, ""], strict=True) for part in pair)
 
 
 def find_quickly(conversation: dict, chat: ChatTemplate) -> tuple[list[Row], Counter[str]] | None:
-    """The same as `find_rows` from a single rendering, where a plan and plain texts allow it, else None."""
+    """The same as `find_rows` from a single rendering, where a plan and plain texts allow it, else None. (And from one
+    of the last prompt: some templates look for words such as /no_think there.)"""
     messages = conversation["messages"]
     while messages and (messages[-1]["role"] != "assistant" or messages[-1].get("train") is False):
         messages = messages[:-1]  # a row stops with the last answer that is learnt
     plain = not conversation.get("tools") and not conversation.get("unfinished") and bool(messages)
     if not plain or any(not m.keys() <= {"role", "content", "train"} or TAG.search(m["content"]) for m in messages):
         return None
-    try:
-        found = plan(chat, tuple((m["role"], m.get("train") is not False) for m in messages))
-    except Refusal:
-        return None
+    found = plan(chat, tuple((m["role"], m.get("train") is not False) for m in messages))
     if found is None:
         return None
     text, places = chat.render(messages), []
@@ -210,6 +228,9 @@ def find_quickly(conversation: dict, chat: ChatTemplate) -> tuple[list[Row], Cou
         places.append((at, at + len(written)))
         at += len(written + behind)
     if at != len(text):
+        return None
+    words = [text[start:end] for start, end in places[:-1]]
+    if chat.context(messages[:-1]) != interleave(found.prompt, words):
         return None
     spans = [(places[turn][0] - before, places[turn][1] + behind) for turn, before, behind in found.spans]
     return [Row(text[: places[-1][1]] + found.pieces[-1], tuple(spans))], found.notes

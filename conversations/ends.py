@@ -85,7 +85,8 @@ def header_of(chat, follows: str, start: str) -> int:
 def closing(chat) -> str:
     """What the template writes behind the last turn of a finished conversation: an EOS or nothing."""
     try:
-        rest = chat.ends.after[len(chat.ends.last) :]
+        ends = chat.ends
+        rest = ends.after[len(ends.inner if ends.after.startswith(ends.inner) else ends.last) :]
     except BadInput:  # a template that does not write every turn can still write prompts
         return ""
     return rest if chat.first_stop(rest) == len(rest) else ""

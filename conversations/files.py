@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
 
 from common.errors import BadInput, first_line
@@ -84,6 +85,8 @@ def read_blocks(path: str) -> Iterator[Lines | list]:
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic == b"PAR1":
+            if not pq.read_metadata(path).num_rows:  # an empty shard
+                return
             table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
             yield from in_lists(read_rows(table))
         elif path.lower().endswith((".csv", ".csv.gz")):
@@ -118,7 +121,9 @@ def without_nulls(value: Any) -> Any:
 def _read_csv(path: str) -> Iterator[dict]:
     """Every field stays a text, "42" and "NA" too: a reader that guesses types would lose such answers."""
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(_keep_line_ends(decode(path, read_chunks(path))))
+    rows = csv.DictReader(_keep_line_ends(decode(path, read_chunks(path))), strict=True)  # an open quote is an error
+    if len(set(rows.fieldnames or [])) < len(rows.fieldnames or []):
+        raise BadInput(f"{path}: the first line names a column twice")
     while True:
         try:
             row: dict[Any, Any] | None = next(rows, None)

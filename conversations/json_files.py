@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from common.errors import BadInput
+from common.errors import BadInput, first_line
 from conversations.records import CUT_OFF, FIELDS
 
 BLOCK = 8 << 20  # bytes
@@ -91,7 +91,7 @@ def _is_lines(head: bytes) -> bool:
     """Is the first line a whole record?"""
     try:
         record = json.loads(head.lstrip().split(b"\n", 1)[0].decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and _wrapped(record) is None
 
@@ -135,6 +135,9 @@ def parse_lines(path: str, lines: Lines) -> Iterator[object]:
                 what = f"not valid JSON ({error}): mend or delete it"
                 raise BadInput(f"{path}, line {_line_number(path, lines, index)}: {what}") from error
             yield CUT_OFF
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
+            what = f"JSON that cannot be read ({first_line(error)}): delete it"
+            raise BadInput(f"{path}, line {_line_number(path, lines, index)}: {what}") from error
 
 
 def _line_number(path: str, lines: Lines, index: int) -> int:
@@ -224,6 +227,9 @@ def _scan(path: str, texts: Iterator[str]) -> Iterator[object]:
             where = f"{path}, line {window.line_of(error.pos)}: "
             which = f"record {number + 1} is " if start == "[" or number else ""
             raise BadInput(f"{where}{which}not valid JSON ({error.msg}): mend or delete it") from error
+        except (ValueError, RecursionError) as error:
+            where = f"{path}, line {window.line_of(at)}: record {number + 1}"
+            raise BadInput(f"{where} is JSON that cannot be read ({first_line(error)}): delete it") from error
         if window.at == len(text) and not window.ended and not isinstance(record, dict):
             window.at = at  # it may be half a number
             window.more()

@@ -5,28 +5,36 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import TemplateError
 
 from common.errors import BadInput
 from conversations.answers import Row, find_quickly, find_rows
 from conversations.targets import IGNORE
 from conversations.template import ChatTemplate, Refusal
+from conversations.tokenizer import to_words
 
 logger = logging.getLogger(__name__)
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")
-FOREIGN = "records whose tokens are not this tokenizer's: tokenised anew from their text"
+FOREIGN = "records whose tokens are another tokenizer's, or not of all answers: tokenised anew from their text"
 
 
 def recorded(conversation: dict, tokenizer, max_length: int) -> dict | None:
     """The row of a record that holds the tokens which the model read and wrote (distill.py's), or None if they are not
-    this tokenizer's."""
+    this tokenizer's, or if the record has other answers than that one."""
+    answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
+    if len(answers) > 1 or answers[0].get("train") is False:
+        return None
     prompt, answer = list(conversation["prompt_ids"]), list(conversation["answer_ids"])
     if not answer or not 0 <= min(prompt + answer) <= max(prompt + answer) < len(tokenizer):
         return None
     # The last token may be the end, or half a character.
     content = conversation["messages"][-1]["content"].strip()
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer, answer[:-1])]
+    texts = [to_words(ids, tokenizer) for ids in (answer, answer[:-1])]
     said = [text.strip() for whole in texts for text in (whole, whole.rstrip("\ufffd"))]
     if not any(text and content.endswith(text) for text in said):
         return None
@@ -111,26 +119,35 @@ def check_template(chat: ChatTemplate):
         ends, rows = chat.ends, encode({"messages": turns}, chat, 10**6)
     except Refusal as refusal:
         raise BadInput(f"{refusal}: it has to write a question, an answer, a question and an answer") from refusal
-    name = chat.tokenizer.name_or_path or "the tokenizer"
     if not ends.last:
         logger.warning(
             "the chat template of %s writes no end of turn on which the model stops: behind an answer stands %r. So "
             "heads do not learn where answers end",
-            *(name, ends.follows),
+            *(chat.name, ends.follows),
         )
-    if not GENERATION.search(chat.text):
-        return
+    if chat.asks_the_clock:
+        logger.warning(
+            "the chat template of %s prints the day in a format that it works out itself, so it cannot be kept: a run "
+            "that is resumed on another day will have other data, and be refused",
+            chat.name,
+        )
+    if GENERATION.search(chat.text):
+        check_marks(chat, turns, rows)
+
+
+def check_marks(chat: ChatTemplate, turns: list[dict], rows: list[dict]):
+    """Says if the template's own marks are not the labels of these turns' rows."""
     if len(rows) > 1:  # as several rows they cannot be compared with one text
         turns = turns[:2]
         rows = encode({"messages": turns}, chat, 10**6)
-    out = chat.tokenizer.apply_chat_template(
-        turns,
-        chat_template=chat.text,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **chat.kwargs,
-    )
+    how: dict[str, Any] = {"chat_template": chat.text, "tokenize": True, "return_dict": True} | chat.kwargs
+    ways: tuple[list | None, ...] = (None, [])  # as in ChatTemplate.render
+    for tools in ways:
+        with suppress(TemplateError, TypeError):
+            out = chat.tokenizer.apply_chat_template(turns, tools, return_assistant_tokens_mask=True, **how)
+            break
+    else:
+        return
     marked = [token for token, is_marked in zip(out["input_ids"], out["assistant_masks"], strict=True) if is_marked]
     labels = [label for label in rows[0]["labels"] if label != IGNORE]
     if marked != labels:
@@ -138,5 +155,5 @@ def check_template(chat: ChatTemplate):
         logger.warning(
             "the {%% generation %%} marks in the chat template of %s are not what the model writes, and are not "
             "followed: they mark %r in a conversation of which %r are labels",
-            *(name, marked, labels),
+            *(chat.name, marked, labels),
         )

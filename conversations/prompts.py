@@ -1,5 +1,7 @@
 """Prompts: from a file or a conversation, and as tokens."""
 
+from collections import Counter
+
 from common.errors import BadInput, first_line
 from conversations.json_files import read_chunks
 from conversations.sources import load_conversations
@@ -8,7 +10,7 @@ from conversations.template import ChatTemplate, Refusal
 
 
 def read_prompts(
-    path: str, summary: Summary | None = None, *, config: str | None = None, split: str = "train"
+    path: str, summary: Summary | None = None, *, config: str | None = None, split: str | None = None
 ) -> list[dict]:
     """Conversations that wait for an answer, in the normal form: the lines of a .txt file, or what stands before the
     first answer of each record of anything else that `load_conversations` takes, system turns and tools included.
@@ -47,13 +49,16 @@ def with_system(conversation: dict, system: str | None) -> dict:
     return conversation | {"messages": [{"role": "system", "content": system}, *messages]}
 
 
-def tokenise(conversations: list[dict], chat: ChatTemplate) -> list[list[int]]:
-    """Each conversation as tokens, up to where the assistant's answer begins. Raises Refusal, which names the prompt,
-    if the template does not write it."""
+def tokenise(conversations: list[dict], chat: ChatTemplate, refused: Counter[str] | None = None) -> list[list[int]]:
+    """Each conversation as tokens, up to where the assistant's answer begins. Where the template does not write one:
+    counts it in `refused` and gives no tokens, or raises Refusal, which names the prompt."""
     texts = []
     for number, conversation in enumerate(conversations, 1):
         try:
             texts.append(chat.prompt(conversation["messages"], conversation.get("tools")))
         except Refusal as refusal:
-            raise Refusal(f"prompt {number}: {refusal}") from refusal
+            if refused is None:
+                raise Refusal(f"prompt {number}: {refusal}") from refusal
+            refused[str(refusal)] += 1
+            texts.append("")
     return chat.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

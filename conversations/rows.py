@@ -31,13 +31,18 @@ def encode_records(columns: dict, chat: ChatTemplate, max_length: int, min_lengt
     conversations = [{key: columns[key][i] for key in keys} for i in range(len(records))]
     found: dict[str, list] = {key: [] for key in COLUMNS}
     for record, encoded in zip(records, encode_all(conversations, chat, max_length), strict=True):
-        rows, problem, notes = encoded.rows, encoded.problem, json.dumps(encoded.notes)
+        rows, problem = encoded.rows, encoded.problem
         if not problem:
             rows = [row for row in rows if any(label != IGNORE for label in row["labels"][1:])]
             problem = "" if rows else f"no assistant token within --model_max_length {max_length}"
         if not problem:
-            rows = [row for row in rows if len(row["input_ids"]) >= min_length]
-            problem = "" if rows else f"fewer than {min_length} tokens: no row for the last head"
+            long = [row for row in rows if len(row["input_ids"]) >= min_length]
+            short = f"fewer than {min_length} tokens: no row for the last head"
+            problem = "" if long else short
+            if long and len(long) < len(rows):
+                encoded.notes[f"rows left out: {short}"] += len(rows) - len(long)
+            rows = long
+        notes = json.dumps(encoded.notes)
         for row in rows if not problem else [{"input_ids": [], "labels": []}]:
             values = (row["input_ids"], row["labels"], len(row["input_ids"]), record, problem, notes)
             for key, value in zip(COLUMNS, values, strict=True):

@@ -31,14 +31,14 @@ def load_conversations(
     *,
     cache_dir: str | None = None,
     config: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     ask: bool = False,
 ) -> datasets.Dataset:
     """All usable conversations of files, directories, globs and Hub datasets, in the columns of
     `conversations.columns.FEATURES`; a row's `messages` are those of `conversations.records`.
 
     summary: is told what became of the records; without one, the table is logged. config: of a Hub dataset. split: of
-    a Hub dataset or a directory; a file that is named is read whatever its name. ask: see `to_conversation`. Raises
+    a Hub dataset or a directory (default: train); a file that is named has none. ask: see `to_conversation`. Raises
     BadInput if no record is left.
 
     They are stored in datasets' cache and mapped from there, so a set may be larger than memory. The first time it
@@ -46,8 +46,8 @@ def load_conversations(
     datasets' own table of it. Stored ones are used if neither the files nor this folder's code have changed.
     """
     paths = [paths] if isinstance(paths, str) else paths
-    if config and all(glob.has_magic(path) or os.path.exists(os.path.expanduser(path)) for path in paths):
-        raise BadInput(f"{', '.join(paths)} is no Hub dataset, and has no configuration {config!r}")
+    if config and all(map(is_local, paths)):
+        raise BadInput(f"--dataset_config {config}: {' '.join(paths)} is no Hub dataset, and has no configurations")
     inputs = [found for path in paths for found in find_inputs(path, config, split, cache_dir)]
     builder = Conversations(
         inputs=inputs, cache_dir=cache_dir, stamps=[_stamp(i) for i in inputs], ask=ask, code=code_version()
@@ -55,8 +55,10 @@ def load_conversations(
     try:
         builder.download_and_prepare()
     except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, BadInput) else error from None
-    told = summary or Summary(", ".join(paths))
+        if isinstance(error.__cause__, BadInput):
+            raise error.__cause__ from None
+        raise
+    told = summary or Summary(" ".join(paths))
     told.add(json.loads(builder.info.description))
     if summary is None:
         logger.log(logging.WARNING if told.skipped or told.dropped else logging.INFO, "%s", told.table())
@@ -64,10 +66,18 @@ def load_conversations(
     return builder.as_dataset(split="train")
 
 
-def find_inputs(path: str, config: str | None, split: str, cache_dir: str | None) -> list[str | datasets.Dataset]:
+def is_local(path: str) -> bool:
+    return glob.has_magic(path) or os.path.exists(os.path.expanduser(path))
+
+
+def find_inputs(
+    path: str, config: str | None, wanted: str | None, cache_dir: str | None
+) -> list[str | datasets.Dataset]:
     """The files that a path stands for, or the table that datasets makes of it."""
-    local = os.path.expanduser(path)
+    local, split = os.path.expanduser(path), wanted or "train"
     if os.path.isfile(local):
+        if wanted:
+            raise BadInput(f"{path} is a file, so it has no split {wanted!r}: name the file with that part instead")
         return [local]
     if any(os.path.isfile(os.path.join(local, name)) for name in ("dataset_dict.json", "state.json")):
         try:
@@ -84,7 +94,7 @@ def find_inputs(path: str, config: str | None, split: str, cache_dir: str | None
         raise BadInput(f"there is no file or directory {path!r}")
     try:
         return [datasets.load_dataset(path, config, split=split, cache_dir=cache_dir)]
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = " ".join(str(error).split()) or type(error).__name__  # it lists configs and splits on further lines
         raise BadInput(f"{path} is no file here, and cannot be loaded from the Hub: {why[:500]}") from error
 
@@ -179,7 +189,7 @@ def _others(lines: bytes, plain: np.ndarray) -> list[tuple[int, object]] | None:
         return None
     try:
         return [(int(place), json.loads(texts[place].decode())) for place in places]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

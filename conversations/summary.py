@@ -46,7 +46,8 @@ class Summary:
     def table(self) -> str:
         """Plain text that is also Markdown."""
         rows = [(self.name, "", ""), ("records read", self.read, ""), ("records used", self.used, "")]
-        rows += [(f"skipped: {why}", count, f"first: record {first}") for why, (count, first) in self.skipped.items()]
+        kinds = self.largest()
+        rows += [(f"skipped: {why}", count, f"first: record {first}") for why, (count, first) in kinds.items()]
         rows += [(f"turns left out: {why}", count, "") for why, count in self.dropped.items()]
         rows += [(text, count, "") for text, count in self.notes.items()]
         texts = [
@@ -58,8 +59,16 @@ class Summary:
         lines.insert(1, f"| {'-' * wide} | {'-' * (high - 1)}: | {'-' * far} |")
         return "\n".join(lines)
 
+    def largest(self) -> dict[str, list[int]]:
+        """The kinds of skipped records, or the ten largest and all others as one: a kind may hold a record's words."""
+        kinds = sorted(self.skipped.items(), key=lambda kind: -kind[1][0])
+        if len(kinds) <= 11:
+            return self.skipped
+        rest = [numbers for _, numbers in kinds[10:]]
+        return dict(kinds[:10]) | {f"{len(rest)} other reasons": [sum(n for n, _ in rest), min(n for _, n in rest)]}
+
     def check(self):
         """Raises BadInput, with all reasons, if no record is left."""
         if self.used <= 0:
-            reasons = "; ".join(f"{problem} (record {first})" for problem, (_, first) in self.skipped.items())
+            reasons = "; ".join(f"{problem} (record {first})" for problem, (_, first) in self.largest().items())
             raise BadInput(f"{self.name} holds no usable conversation: {reasons or 'it has no records'}")

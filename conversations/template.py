@@ -12,7 +12,7 @@ from common.errors import BadInput, first_line
 from conversations.ends import Ends, closing, find_ends, find_lead, is_header
 from conversations.thoughts import is_foreign, split_thoughts, styles_in
 
-DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)")
 
 
 class Refusal(BadInput):
@@ -29,6 +29,7 @@ class ChatTemplate:
     def __init__(self, tokenizer, stops=(), kwargs: dict | None = None, date: Date | None = None):
         self.tokenizer, self.stops, self.kwargs = tokenizer, frozenset(stops), dict(kwargs or {})
         self.known = self.stops | {tokenizer.eos_token_id}
+        self.name = tokenizer.name_or_path or "the tokenizer"
         day = date or Date.today()
 
         def dated(template: str) -> str:
@@ -37,6 +38,7 @@ class ChatTemplate:
 
         self.text = dated(tokenizer.get_chat_template())
         self.tools_text = dated(tokenizer.get_chat_template(tools=[]))  # some tokenizers have another one for tools
+        self.asks_the_clock = "strftime_now(" in self.text + self.tools_text  # with a format that is no literal
         self.styles = styles_in(self.text + self.tools_text)  # of thoughts
         self.reads_thoughts = bool(self.styles or re.search(r"reasoning_content|\bthinking\b", self.text))
 
@@ -45,6 +47,7 @@ class ChatTemplate:
         """A hash of all that decides which tokens a conversation becomes."""
         tokenizer = self.tokenizer
         parts = [self.text, self.tools_text, self.kwargs, sorted(self.stops), tokenizer.special_tokens_map]
+        parts += [str(Date.today())] * self.asks_the_clock
         text = json.dumps([*parts, tokenizer.backend_tokenizer.to_str()], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -70,7 +73,7 @@ class ChatTemplate:
                 )
                 assert isinstance(text, str)
                 return text
-            except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                 if type(error) is TemplateError:  # what raise_exception raises, and nothing else
                     raise Refusal(f"the chat template refuses it: {first_line(error)}") from error
                 failure = error

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from common.errors import ACCESS, BadInput, first_line
+from conversations.thoughts import TAG
 
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):
@@ -39,3 +40,10 @@ def load_stops(name_or_path: str, **kwargs) -> set[int]:
         if ends is not None:
             return set(ends if isinstance(ends, list) else [ends])
     return set()
+
+
+def to_words(ids: list[int], tokenizer) -> str:
+    """Tokens as text, without special tokens. But tags of thoughts stay: in some tokenizers they are special too."""
+    added = tokenizer.added_tokens_decoder
+    left_out = {i for i, token in added.items() if token.special and not TAG.fullmatch(token.content)}
+    return tokenizer.decode([i for i in ids if i not in left_out])

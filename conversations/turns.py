@@ -26,9 +26,9 @@ def to_message(turn: object, number: int) -> dict:
     turn = from_json(turn)
     if not isinstance(turn, dict):
         raise Problem(f"turn {number} is not an object")
-    said_role = turn.get("role", turn.get("from"))
+    said_role = _first(turn, "role", "from")
     role = said_role.strip().lower() if isinstance(said_role, str) else None
-    text = turn.get("content", turn.get("value"))
+    text = _first(turn, "content", "value")
     if role in CALLS:
         message: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": as_calls(text)}
     elif role in ROLES:
@@ -50,6 +50,11 @@ def to_message(turn: object, number: int) -> dict:
     if len(message) > 2:
         check_characters(message)
     return message
+
+
+def _first(turn: dict, *names: str):
+    """The first of these fields that is there; a table has the others as null."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _said_by_assistant(turn: dict) -> dict:
@@ -127,7 +132,7 @@ def from_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 

@@ -1,11 +1,17 @@
 """Chat templates, turns and conversations that several tests of conversations/ use."""
 
+import itertools
 import json
 
+from conftest import make_tokenizer
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from conversations.columns import FEATURES
+from conversations.labels import encode
 from conversations.records import to_conversation
+from conversations.targets import IGNORE
+from conversations.template import ChatTemplate
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\nCONTENT<|im_end|>\n{% endfor %}"
 GENERATION = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -64,3 +70,30 @@ def made(record, ask=False) -> dict:
 def called(*turns, **call) -> dict:
     """A record that calls the tool in the given way."""
     return {"messages": [CALLED[0], {"role": "assistant"} | call, *turns, *CALLED[2:]]}
+
+
+CALLS = [{"type": "function", "function": {"name": "w", "arguments": {"city": "x"}}}]
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def make_chat(style, template="file", stops=(), **kwargs) -> ChatTemplate:
+    """Its tokenizer adds BOS to every text by itself, as LLaMA's, Mistral's and Gemma's do: a second would show."""
+    tokenizer = make_tokenizer(style, template)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(list(stops)), **kwargs)
+
+
+def runs(row, tokenizer) -> list:
+    """In their order: tokens that are no labels as one text, tokens that are as a list of token strings."""
+    pairs, found = list(zip(row["input_ids"], row["labels"], strict=True)), []
+    assert all(label in (IGNORE, token) for token, label in pairs)
+    for is_label, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+        ids = [token for token, _ in group]
+        found.append(tokenizer.convert_ids_to_tokens(ids) if is_label else tokenizer.decode(ids))
+    return found
+
+
+def labelled(messages, chat, **more) -> list[list]:
+    """`runs` of each row."""
+    return [runs(row, chat.tokenizer) for row in encode({"messages": messages} | more, chat, 1000)]

@@ -44,11 +44,13 @@ def test_system_turns_are_kept_or_given(ask, tmp_path):
     assert found == [{"role": "system", "content": f"be {age}"} for age in ("old", "new")]
 
 
-def test_a_prompt_that_the_template_refuses_is_named(ask, chat_dir, tmp_path):
-    template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}"
+def test_prompts_that_the_template_refuses_are_left_out_and_counted(ask, chat_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    template = "{{ raise_exception('no system') if messages[0].role == 'system' }}{{ messages[0].content }}<|eot_id|>"
     (chat_dir / "chat_template.jinja").write_text(template)
-    prompts = write_jsonl(
-        tmp_path / "p.jsonl", [{"messages": [{"role": r, "content": "why"}]} for r in ("user", "user")]
-    )
-    with pytest.raises(BadInput, match="prompt 1: the chat template refuses it: no system"):
-        ask(prompts=prompts, system="be old")
+    turns = [{"role": "system", "content": "be old"}, {"role": "user", "content": "why"}]
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"messages": turns}, {"messages": turns[1:]}])
+    assert [record["prompt"] for record in records(ask(prompts=prompts, max_new_tokens=40))] == [2]
+    assert "1 prompts that the chat template does not write (the chat template refuses it: no system)" in caplog.text
+    with pytest.raises(BadInput, match="no prompt can be asked: the chat template refuses it: no system"):
+        ask("none.jsonl", prompts=prompts, system="be new")

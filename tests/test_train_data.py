@@ -64,7 +64,7 @@ def test_several_files_and_a_split_to_evaluate_on(train, tmp_path, caplog):
 
 
 def test_the_same_split_twice_is_refused(train):
-    with pytest.raises(BadInput, match="--eval_split train is what --train_split names"):
+    with pytest.raises(BadInput, match="--eval_split train is what is trained on"):
         train("--eval_split", "train")
 
 

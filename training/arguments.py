@@ -76,9 +76,12 @@ class DataArguments:
     )
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     dataset_config: str | None = field(default=None, metadata={"help": "Of a Hub dataset that has several."})
-    train_split: str = field(default="train", metadata={"help": "The split of --data_path to train on."})
+    train_split: str | None = field(
+        default=None, metadata={"help": "The split of --data_path to train on (default: train)."}
+    )
     eval_split: str | None = field(
-        default=None, metadata={"help": "The split of --data_path (or --eval_data_path) to evaluate on."}
+        default=None,
+        metadata={"help": "The split of --eval_data_path (default: train), or of --data_path, to evaluate on."},
     )
     eval_holdout: float = field(
         default=0,

@@ -64,8 +64,8 @@ def refuse(model, data, training):
         ),
         (data.show_data < 0, f"--show_data {data.show_data}: 0 or more"),
         (
-            data.eval_split == data.train_split and data.eval_data_path is None,
-            f"--eval_split {data.eval_split} is what --train_split names: hold some of it out with --eval_holdout",
+            data.eval_split == (data.train_split or "train") and data.eval_data_path is None,
+            f"--eval_split {data.eval_split} is what is trained on: hold some of it out with --eval_holdout",
         ),
         (not data.eval_holdout >= 0, f"--eval_holdout {data.eval_holdout:g}: 0 or more"),
         (

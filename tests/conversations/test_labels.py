@@ -1,54 +1,22 @@
 """conversations/labels.py: which tokens are labels. test_chat_templates.py has more templates."""
 
 import itertools
-import json
-from datetime import date
 
 import pytest
-from chats import CHAT, GENERATION, SYSTEM_CHAT, TURNS, chat, turn
-from conftest import make_tokenizer
+from chats import CHAT, GENERATION, PROMPT, SYSTEM_CHAT, TURNS, chat, labelled, make_chat, turn
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import BadInput
 from conversations.answers import NO_THOUGHTS, UNWRITTEN, find_quickly, find_rows
 from conversations.batches import Collator
 from conversations.labels import FOREIGN, check_template, encode, encode_all
 from conversations.targets import IGNORE
-from conversations.template import ChatTemplate, Refusal
+from conversations.template import ChatTemplate
 
 # Writes a think block, be it empty, but only in front of the last answer.
 THINKS_LAST = TURNS.replace(
     "CONTENT", "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
 )
-CALLS = [{"type": "function", "function": {"name": "w", "arguments": {"city": "x"}}}]
-PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
-def make_chat(style, template="file", stops=(), **kwargs) -> ChatTemplate:
-    """Its tokenizer adds BOS to every text by itself, as LLaMA's, Mistral's and Gemma's do: a second would show."""
-    tokenizer = make_tokenizer(style, template)
-    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    return ChatTemplate(tokenizer, tokenizer.convert_tokens_to_ids(list(stops)), **kwargs)
-
-
-def runs(row, tokenizer) -> list:
-    """In their order: tokens that are no labels as one text, tokens that are as a list of token strings."""
-    pairs, found = list(zip(row["input_ids"], row["labels"], strict=True)), []
-    assert all(label in (IGNORE, token) for token, label in pairs)
-    for is_label, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE):
-        ids = [token for token, _ in group]
-        found.append(tokenizer.convert_ids_to_tokens(ids) if is_label else tokenizer.decode(ids))
-    return found
-
-
-def labelled(messages, chat, **more) -> list[list]:
-    """`runs` of each row."""
-    return [runs(row, chat.tokenizer) for row in encode({"messages": messages} | more, chat, 1000)]
-
-
 GOLDEN = {
     "llama3": [
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\ncold moon<|eot_id|>"
@@ -194,50 +162,11 @@ def test_a_template_without_an_end_is_named(caplog):
     assert "writes no end of turn on which the model stops: behind an answer stands '\\nuser: '" in caplog.text
 
 
-def test_a_template_that_cannot_write_a_plain_conversation_is_refused():
-    with pytest.raises(BadInput, match="refuses it: needs a system turn: it has to write a question, an answer"):
-        check_template(make_chat("chatml", "{{ raise_exception('needs a system turn') }}"))
-
-
-@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "w"}}]])
-def test_a_template_that_loops_over_tools_given_none(tools):
-    loops = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
-    (row,) = labelled(
-        chat("why", "cold"), make_chat("chatml", loops + TURNS.replace("CONTENT", "{{ m.content }}")), tools=tools
-    )
-    assert row[1] == ["cold", "<|im_end|>"] and row[0].startswith("w<|im" if tools else "<|im")
-
-
-def test_what_a_template_fails_on_is_said():
-    chat_ = make_chat("chatml", TURNS.replace("CONTENT", "{{ m.content + 3 }}"))
-    with pytest.raises(Refusal, match=r'the chat template fails on it: can only concatenate str \(not "int"\)'):
-        encode({"messages": CHAT}, chat_, 1000)
-
-
 def test_a_question_with_private_use_characters():
     turns = chat("why \ue0f70\ue0f7", "cold", "\ue0f71\ue0f7", "warm")
     assert [found[1:] for found in labelled(turns, make_chat("mistral"))] == [
         [["Ġcold", "</s>"], "[INST] \ue0f71\ue0f7 [/INST]", ["Ġwarm", "</s>"]]
     ]
-
-
-def test_a_date_is_that_of_the_first_day():
-    dated = "{{ strftime_now('%d %b %Y') }}|" + TURNS.replace("CONTENT", "{{ m.content }}")
-    chats = [make_chat("chatml", dated, date=date(2026, 11, day)) for day in (25, 25, 26)]
-    assert labelled(CHAT, chats[0])[0][0].startswith("25 Nov 2026|")
-    assert chats[0].fingerprint == chats[1].fingerprint != chats[2].fingerprint
-    plain = [make_chat("chatml", date=date(2026, 11, day)).fingerprint for day in (25, 26)]
-    assert plain[0] == plain[1]  # a template that prints no date does not change
-
-
-def test_kwargs_reach_the_template():
-    asked = TURNS.replace("CONTENT", "{% if shout %}!{% endif %}{{ m.content }}")
-    chats = [make_chat("chatml", asked, kwargs={"shout": shout}) for shout in (True, False)]
-    assert [labelled(chat("why", "cold"), chat_)[0][0].count("!") for chat_ in chats] == [
-        2,
-        0,
-    ]  # in front of both turns
-    assert chats[0].fingerprint != chats[1].fingerprint
 
 
 def test_recorded_tokens_are_trained_on_as_they_are():
@@ -268,26 +197,3 @@ def test_thoughts_that_cannot_be_written_and_missing_ones_are_counted():
     opens = TURNS.replace("CONTENT", "{{ m.content }}") + PROMPT.replace("nt\n", "nt\n<think>\n")
     (found,) = encode_all([{"messages": CHAT}], make_chat("chatml", opens), 1000)
     assert dict(found.notes) == {NO_THOUGHTS: 2}
-
-
-def test_arguments_of_calls_as_the_template_wants_them():
-    turns = [
-        turn("user", "why"),
-        turn("assistant", "") | {"tool_calls": CALLS},
-        turn("tool", "old"),
-        turn("assistant", "cold"),
-    ]
-    for write in ("{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"):
-        template = TURNS.replace(
-            "CONTENT", "{{ m.content }}{% for c in m.tool_calls or [] %}" + write + "{% endfor %}"
-        )
-        ((_, called, between, answer),) = labelled(turns, make_chat("chatml", template + PROMPT))
-        text = "".join(called).replace("Ġ", " ")
-        assert json.loads(text.removesuffix("<|im_end|>")) == {"city": "x"} and text.endswith("<|im_end|>")
-        assert "old" in between and answer == ["cold", "<|im_end|>"]
-
-
-def test_calls_that_the_template_does_not_write_are_refused():
-    turns = [turn("user", "why"), turn("assistant", "") | {"tool_calls": CALLS}, turn("tool", "old"), *CHAT[3:]]
-    with pytest.raises(Refusal, match="does not write the tool calls of an answer"):
-        labelled(turns, make_chat("chatml"))

@@ -249,7 +249,7 @@ def test_damaged_saved_dataset_is_named(tmp_path):
 
 def test_configuration_of_a_file_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "chats.jsonl", GOOD)
-    with pytest.raises(BadInput, match="is no Hub dataset, and has no configuration 'default'"):
+    with pytest.raises(BadInput, match=r"--dataset_config default: .* is no Hub dataset"):
         load_conversations(path, config="default")
 
 
