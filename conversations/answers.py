@@ -49,7 +49,7 @@ def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
     check_calls(turns[: number + 1], tools, text, chat)
     thoughts, said = split_thoughts(message)
     if thoughts.strip() and not (kept is not None and has_thoughts(body[len(kept) :], thoughts, said, prompt, kept)):
-        # The template cuts thoughts from finished answers, or knows none.
+        # The template cuts thoughts from finished answers (DeepSeek-R1), or knows none (LLaMA 3).
         if message.get("tool_calls") or (message.get("reasoning_content") and not chat.styles):
             thoughts, note = "", UNWRITTEN
         else:
@@ -59,7 +59,7 @@ def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
     opened = OPEN_END.search(prompt)
     if not thoughts.strip() and opened:
         note = note or NO_THOUGHTS
-    if kept is None:  # the template writes the turns before the answer otherwise once it is there
+    if kept is None:  # it writes the turns before the answer otherwise once that is there (Mistral with a system turn)
         whole = next((text for text in as_written(message["content"]) if body.endswith(text)), None)
         if whole is None or message.get("tool_calls"):
             raise Refusal("the chat template neither keeps the prompt in front of an answer nor the answer's text")
@@ -69,10 +69,12 @@ def find_answer(conversation: dict, number: int, chat: ChatTemplate) -> Answer:
     if unfinished:
         body = cut(body, start, thoughts, said)
     if not prompt.startswith(kept) or (not thoughts.strip() and EMPTY_END.search(prompt) and kept != prompt):
+        # gpt-oss drops the thoughts of a call once it is answered; Gemma 4's prompt closes a thought that no finished
+        # answer has.
         return in_context(prompt, body[start:], end, inner, unfinished, note)
     if text.startswith(chat.header, start):
         start += len(chat.header)
-    if not thoughts.strip() and chat.styles:  # a block without thoughts is the template's, not the model's
+    if not thoughts.strip() and chat.styles:  # a block without thoughts is the template's, not the model's (Qwen3)
         begin = opened.start() if opened and kept == prompt else start
         if found := EMPTY.match(text, begin):
             is_lead = text.startswith(chat.lead, start) and EMPTY.fullmatch(text[begin:start] + chat.lead)

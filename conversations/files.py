@@ -128,7 +128,7 @@ def _read_csv(path: str) -> Iterator[dict]:
         try:
             row: dict[Any, Any] | None = next(rows, None)
         except csv.Error as error:
-            raise BadInput(f"{path}, line {rows.line_num}: {error}") from error
+            raise BadInput(f"{path}, line {rows.reader.line_num}: {error}") from error
         if row is None:
             return
         if None in row:

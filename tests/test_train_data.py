@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from common.errors import BadInput
 from training import run
+from training.arguments import TrainingArguments
 
 DATED = (
     "{{ strftime_now('%d %b %Y') }}"
@@ -40,12 +41,46 @@ def test_a_look_at_the_data(train, data_file, capsys, caplog, tmp_path):
 
 def test_counts_of_records(train, data_file, caplog):
     caplog.set_level(logging.INFO)
+    with open(data_file, "a") as file:
+        file.write('{"messages": []}\n')
     train("--show_data", 1, "--eval_holdout", 8)
-    counts = {
-        line.split("|")[1].strip(): line.split("|")[2].strip() for line in caplog.text.splitlines() if line[:1] == "|"
-    }
-    assert counts["records read"] == "8"  # the last of the two tables, of the held-out part
-    assert "| records used" in caplog.text and "40" in caplog.text
+    tables = [message for message in caplog.messages if message.startswith("\n| ")]
+    cells = [[[cell.strip() for cell in line.split("|")[1:3]] for line in table.split("\n")[3:-1]] for table in tables]
+    assert cells == [
+        [
+            *(["records read", "49"], ["records used", "40"]),
+            *(["skipped: no turns: 'messages' is empty", "1"], ["skipped: held out to evaluate on", "8"]),
+            *([["answers cut by --model_max_length 64", cells[0][4][1]]]),
+            ["rows of tokens", "40"],
+        ],
+        [["records read", "8"], ["records used", "8"], *cells[1][2:-1], ["rows of tokens", "8"]],
+    ]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lazy_preprocess", True)])
+def test_all_rows_of_a_conversation_are_shown(flags, train, model_dir, data_file, capsys):
+    last = "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+    template = f"{{% for m in messages %}}{{{{ m.role }}}}:{last}{{{{ m.content }}}}<|eot_id|>{{% endfor %}}"
+    make_tokenizer("llama3", template + "{% if add_generation_prompt %}assistant:{% endif %}").save_pretrained(
+        model_dir
+    )
+    turns = [{"role": role, "content": "why"} for role in ("user", "assistant")] * 3
+    write_jsonl(Path(data_file), [{"messages": turns}])
+    train("--show_data", 9, "--model_max_length", 200, *flags)
+    assert capsys.readouterr().out.count("--- row") == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_shows_the_data(rank, train, capsys, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "process_index", rank)
+    train("--show_data", 1)
+    assert capsys.readouterr().out.count("--- row") == (rank == 0)
+
+
+def test_a_file_has_no_split_to_evaluate_on(train, data_file):
+    for flags in (("--eval_split", "test"), ("--eval_data_path", data_file, "--eval_split", "test")):
+        with pytest.raises(BadInput, match="is a file, so it has no split 'test'"):
+            train(*flags)
 
 
 def test_several_files_and_a_split_to_evaluate_on(train, tmp_path, caplog):

@@ -190,6 +190,19 @@ def test_recorded_tokens_of_another_tokenizer_are_counted_and_made_anew(answer_i
     assert found.rows == encode({"messages": CHAT}, chat_, 1000) and dict(found.notes) == {FOREIGN: 1}
 
 
+@pytest.mark.parametrize("messages", [CHAT, [CHAT[0], CHAT[1] | {"train": False}, *CHAT[2:]]])
+def test_recorded_tokens_of_one_answer_among_several_are_not_used(messages):
+    record = {
+        "messages": messages,
+        "prompt_ids": [3],
+        "answer_ids": make_chat("llama3").tokenizer("stone").input_ids[1:],
+    }
+    (found,) = encode_all([record], make_chat("llama3"), 1000)
+    assert dict(found.notes) == {FOREIGN: 1} and found.rows == encode(
+        {"messages": messages}, make_chat("llama3"), 1000
+    )
+
+
 def test_thoughts_that_cannot_be_written_and_missing_ones_are_counted():
     thinking = turn("assistant", "cold") | {"reasoning_content": "the moon"}
     (found,) = encode_all([{"messages": [turn("user", "why"), thinking]}], make_chat("llama3"), 1000)

@@ -50,7 +50,10 @@ def test_kwargs_of_a_template():
     assert parse_kwargs(None) == {}
 
 
-@pytest.mark.parametrize(("text", "why"), [("thinking=1", "is not JSON"), ("[1]", "is no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("thinking=1", "is not JSON"), ("[1]", "is no JSON object"), ('{"tokenize": 1}', "'tokenize' is not for")],
+)
 def test_kwargs_that_are_no_object_are_refused(text, why):
     with pytest.raises(BadInput, match=why):
         parse_kwargs(text)

@@ -84,6 +84,16 @@ def test_fewer_than_min_length_tokens_is_skipped():
     assert len(rows) == 1 and summary.skipped == {f"fewer than {length + 1} tokens: no row for the last head": [1, 2]}
 
 
+def test_rows_that_are_too_short_are_counted():
+    long = prepared(to_data(CHAT), "chatml", 1000, LAST)[0]["length"][1]
+    data, summary = prepared(to_data(CHAT), "chatml", 1000, LAST, min_length=long)
+    assert list(data["length"]) == [long] and summary.used == 1
+    assert summary.notes == {
+        f"rows left out: fewer than {long} tokens: no row for the last head": 1,
+        "rows of tokens": 1,
+    }
+
+
 def test_a_conversation_may_become_several_rows():
     data, summary = prepared(to_data(CHAT, SHORT), "chatml", 1000, LAST)
     texts = [make_tokenizer("chatml").decode([i for i in row["labels"] if i != IGNORE]) for row in data]
