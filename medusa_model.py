@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from common.errors import BadInput
 from conversations.targets import shifted_targets
 from model.backbone import check_backbone, load_backbone
-from model.heads import HeadLoss, MedusaHead, cap, projection_loss
+from model.heads import HeadLoss, MedusaHead, Teacher, cap, projection_loss
 from model.heads_file import HEADS_DIR, find_heads, load_heads, save_heads
 from model.loss import choose_impl
 
@@ -86,6 +86,7 @@ class MedusaModel(PreTrainedModel):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer compares them with the tokenizer's
             setattr(config, name, getattr(text_config, name, None))
         self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
+        self.medusa_loss = "ce"  # of the heads: against the next tokens; kl, lk: against the backbone's distribution
         self.backbone_frozen = False
         units = ["MedusaHead"] if config.medusa_num_heads else []
         self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
@@ -171,8 +172,15 @@ class MedusaModel(PreTrainedModel):
         """Head k's loss on hidden `[B, T, H]` and (unshifted) labels `[B, T]`; k = 0 is the backbone's `lm_head`."""
         targets = shifted_targets(labels, k + 1, position_ids)
         if k > 0:
-            return self.medusa_heads[k - 1](hidden, targets, self.loss_impl, self.softcap)
+            teacher = None
+            if self.medusa_loss != "ce":
+                teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k)
+            return self.medusa_heads[k - 1](hidden, targets, self.loss_impl, self.softcap, teacher)
         return self.lm_head_loss(hidden, targets)
+
+    def teacher_weight(self) -> torch.Tensor:
+        """`[V, H]`, of the lm_head. (Under FSDP2 the instance's own gathers it first: training/fsdp.py.)"""
+        return self.lm_head.weight.detach()
 
     def lm_head_loss(self, hidden, targets) -> HeadLoss:
         return projection_loss(hidden, targets, self.lm_head.weight, self.loss_impl, self.softcap)

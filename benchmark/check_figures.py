@@ -54,6 +54,8 @@ from raw_figures import (
     stage_2_table,
     step_table,
     steps,
+    taught,
+    taught_table,
     trial_ms,
 )
 
@@ -115,6 +117,9 @@ CLAIMS: Checks = {
          lambda: [steps(1, 3, "ours")[length]["step_time_s"] / fp8["step_time_s"]
                   for length, fp8 in steps(1, 3, "ours", fp8=True).items()]),
         ("each accuracy loses {:.0f} to {:.0f} % of itself", fp8_losses),
+        ("kl takes {:.2f} times as long as ce and lk {:.2f} times, for {:.2f} GiB more",
+         lambda: [*(taught(kind) / taught("ce") for kind in ("kl", "lk")),
+                  taught("kl", "extra_gib") - taught("ce", "extra_gib")]),
         ("Packing gives {:.2f} times the rows of padding", lambda: [
             row(STEPS[1], data="packed")["rows_per_s"] / row(STEPS[1], data="padded")["rows_per_s"]]),
     ],
@@ -167,6 +172,7 @@ TABLES: Checks = {
         ("stage 1, H100 | 1024 | 2048 | 4096 | 8192", lambda: step_table(1)),
         ("stage 2, H200 | 1024 | 2048 | 4096 | 8192", lambda: step_table(2)),
         (" | 1024 | 2048 | 4096 | 8192", memory_table),
+        ("loss | 4,096 rows | 8,192 rows | 16,384 rows", taught_table),
         ("tokens | tokens/s | peak GiB (reserved) | useful TFLOP/s", lambda: lined(
             STEPS[1], [(f"{n:,}", {"length": n}) for n in (32768, 65536, 131072)],
             "{tokens_per_s:,.0f}", "{peak_gib:.1f} ({reserved_gib:.1f})", "{useful_tflops:.0f}")),

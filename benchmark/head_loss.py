@@ -6,7 +6,7 @@ hidden `[rows, 4096]`, weight `[128256, 4096]`, bf16; every row has a target. Co
 Liger's kernel with its own chunks and with larger ones, and plain torch in chunks (`impl` of model/loss.py).
 
     ms           median time of --repeats passes
-    tflops       TFLOP/s of the three products that are needed, 6 x rows x V x H
+    tflops       TFLOP/s of the products that are needed, 6 x rows x V x H (8 with a teacher, --losses kl lk)
     extra_gib    peak GiB on top of the inputs; the two gradients alone are more than 1. OOM: memory ran out
     loss_error, grad_error   ||a - b|| / ||b|| against plain torch in fp32; the larger of the two gradients' errors
 
@@ -26,6 +26,7 @@ from setting import CHUNK_ROWS, LLAMA3_8B, TINY, append, origin
 import model.loss
 from callback import GIB
 from model.loss import choose_impl, chunk_mem_const, linear_cross_entropy
+from model.teacher_loss import KINDS, linear_teacher_loss
 
 ROWS, CHUNKS = (4096, 8192, 16384), (1024, 2048, 4096, 8192)
 SMOKE_ROWS, SMOKE_CHUNKS = (64, 128), (16, 32)
@@ -44,18 +45,22 @@ def make_inputs(shape: dict, rows: int, device: torch.device) -> Inputs:
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def forward_backward(hidden, weight, targets, impl: str) -> list[torch.Tensor]:
-    """Summed loss, d_hidden, d_weight."""
-    loss, _ = linear_cross_entropy(hidden, weight, targets, impl)
+def forward_backward(hidden, weight, targets, impl: str, kind: str = "ce") -> list[torch.Tensor]:
+    """Summed loss, d_hidden, d_weight. kind: kl and lk have a teacher made of the same numbers in another order."""
+    if kind == "ce":
+        loss, _ = linear_cross_entropy(hidden, weight, targets, impl)
+    else:
+        teacher = (hidden.detach().flip(-1), weight.detach())
+        loss, _ = linear_teacher_loss(hidden, weight, teacher, targets, kind, impl)
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
-def reference(hidden, weight, targets) -> list[torch.Tensor]:
+def reference(hidden, weight, targets, kind: str = "ce") -> list[torch.Tensor]:
     """The same by plain torch in fp32. In parts: all logits of 16,384 rows and their gradients would take 24 GiB."""
     hidden, weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
     loss, d_hidden, d_weight = torch.zeros((), device=hidden.device), [], torch.zeros_like(weight)
     for rows in zip(hidden.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
-        part = forward_backward(rows[0], weight, rows[1], "torch")
+        part = forward_backward(rows[0], weight, rows[1], "torch", kind)
         loss += part[0]
         d_hidden.append(part[1])
         d_weight += part[2]
@@ -94,16 +99,16 @@ def now(cuda: bool):
     return event
 
 
-def measure(inputs: Inputs, impl: str, repeats: int) -> tuple[float, float]:
+def measure(inputs: Inputs, impl: str, kind: str, repeats: int) -> tuple[float, float]:
     """Median milliseconds of one pass, and its peak GiB on top of what was there (on a CPU: 0)."""
     cuda = inputs[0].is_cuda
     for _ in range(WARM_UPS):
-        forward_backward(*inputs, impl)
+        forward_backward(*inputs, impl, kind)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before, marks = torch.cuda.memory_allocated(), [now(cuda)]
     for _ in range(repeats):
-        forward_backward(*inputs, impl)
+        forward_backward(*inputs, impl, kind)
         marks.append(now(cuda))
     if cuda:
         torch.cuda.synchronize()
@@ -111,20 +116,22 @@ def measure(inputs: Inputs, impl: str, repeats: int) -> tuple[float, float]:
     return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / GIB
 
 
-def compare(inputs: Inputs, expected, impl: str, repeats: int) -> dict:
+def compare(inputs: Inputs, expected, impl: str, kind: str, repeats: int) -> dict:
     """The columns of one implementation. Raises SystemExit if it computes something else than `expected`."""
-    loss, *grads = (relative_error(*pair) for pair in zip(forward_backward(*inputs, impl), expected, strict=True))
+    found = forward_backward(*inputs, impl, kind)
+    loss, *grads = (relative_error(*pair) for pair in zip(found, expected, strict=True))
     errors = {"loss_error": f"{loss:.1e}", "grad_error": f"{max(grads):.1e}"}
     if not all(error <= ERROR_LIMIT for error in (loss, *grads)):  # written so that NaN fails too
         sys.exit(f"{impl}, {len(inputs[0])} rows: not what plain torch computes in fp32, relative errors {errors}")
-    ms, gib = measure(inputs, impl, repeats)
-    flops = 6 * len(inputs[0]) * inputs[1].numel()
+    ms, gib = measure(inputs, impl, kind, repeats)
+    flops = (6 if kind == "ce" else 8) * len(inputs[0]) * inputs[1].numel()
     return {"ms": f"{ms:.2f}", "tflops": f"{flops / ms / 1e9:.1f}", "extra_gib": f"{gib:.2f}"} | errors
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--losses", nargs="+", choices=("ce", *KINDS), default=["ce"], help="of --medusa_loss")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the script itself; needs no GPU")
     parser.add_argument("--out", type=Path, help="CSV to append to")
     options = parser.parse_args()
@@ -134,12 +141,18 @@ def main():
     shape, source = TINY if options.smoke else LLAMA3_8B, origin()
     for rows in SMOKE_ROWS if options.smoke else ROWS:
         inputs = make_inputs(shape, rows, device)
-        expected = reference(*inputs)
-        for name, impl, asked, chunk in candidates(rows, shape, SMOKE_CHUNKS if options.smoke else CHUNKS, device):
+        expected = {kind: reference(*inputs, kind) for kind in options.losses}
+        sizes = SMOKE_CHUNKS if options.smoke else CHUNKS
+        for kind, (name, impl, asked, chunk) in itertools.product(
+            options.losses, candidates(rows, shape, sizes, device)
+        ):
+            if kind != "ce" and "default" in name:  # the teacher's kernel takes any chunk
+                continue
             model.loss.CHUNK_ROWS = asked
-            row = {"rows": rows, "implementation": name, "chunk_rows": chunk}
+            name = name if kind == "ce" else name.replace("liger", "ours")
+            row = {"rows": rows, "loss": kind, "implementation": name, "chunk_rows": chunk}
             try:
-                row |= compare(inputs, expected, impl, options.repeats)
+                row |= compare(inputs, expected[kind], impl, kind, options.repeats)
             except torch.OutOfMemoryError:
                 row |= {"ms": "", "tflops": "", "extra_gib": "OOM", "loss_error": "", "grad_error": ""}
             if device.type == "cuda":

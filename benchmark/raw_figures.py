@@ -214,6 +214,23 @@ def loss_table():
     return grid("head_loss_h100.csv", lines, (4096, 8192, 16384), "{ms:.1f}; {extra_gib:.2f}", key="rows")
 
 
+TAUGHT = "2026-11-26_teacher_loss_h100.csv"
+
+
+def taught_table():
+    ours = "ours, 2048 rows a chunk"
+    lines = [("ce, Liger, 2,048 rows", {"loss": "ce", "implementation": "liger, 2048 rows a chunk"})]
+    lines += [(f"{kind}, 2,048 rows", {"loss": kind, "implementation": ours}) for kind in ("kl", "lk")]
+    lines += [("kl, all logits", {"loss": "kl", "implementation": "torch, all logits"})]
+    lines += [("kl, plain torch", {"loss": "kl", "implementation": "chunked plain torch, 2048"})]
+    return grid(TAUGHT, lines, (4096, 8192, 16384), "{ms:.1f}; {extra_gib:.2f}", key="rows")
+
+
+def taught(kind: str, key: str = "ms") -> float:
+    name = "liger, 2048 rows a chunk" if kind == "ce" else "ours, 2048 rows a chunk"
+    return row(TAUGHT, rows=8192, loss=kind, implementation=name)[key]
+
+
 def pays_table():
     yield ["plain", "0", f"{a_pass(0)['step_ms']:.2f}", "1", "1", "1"]
     for heads, nodes in ((1, 10), (2, 16), (2, 63), (3, 16), (3, 32), (3, 63), (5, 63)):

@@ -8,6 +8,7 @@ from torch import nn
 
 from conversations.targets import IGNORE
 from model.loss import linear_cross_entropy
+from model.teacher_loss import linear_teacher_loss
 
 
 class ResBlock(nn.Module):
@@ -24,6 +25,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + F.silu(self.linear(x))
+
+
+class Teacher(NamedTuple):
+    """The backbone's own distribution, which a head is to learn: of the token at t + k + 1, as it is seen at t + k."""
+
+    kind: str  # of `model.teacher_loss`
+    hidden: torch.Tensor  # `[B, T, H]`
+    weight: torch.Tensor  # `[V, H]`, of the lm_head
+    ahead: int  # k
 
 
 class HeadLoss(NamedTuple):
@@ -50,15 +60,20 @@ def projection_loss(
     impl: str,
     softcap: float | None,
     blocks: nn.Module | None = None,
+    teacher: Teacher | None = None,
 ) -> HeadLoss:
-    """Loss of hidden `[B, T, H]` against targets `[B, T]`. Rows whose target is IGNORE (prompts, padding, the end of a
-    conversation) are dropped before anything is computed."""
+    """Loss of hidden `[B, T, H]` against targets `[B, T]`, or against the teacher's distribution. Rows whose target is
+    IGNORE (prompts, padding, the end of a conversation) are dropped before anything is computed."""
     targets = targets.flatten()
     index = targets.ne(IGNORE).nonzero()[:, 0]
     rows = hidden.flatten(0, 1).index_select(0, index)
     if blocks is not None:
         rows = blocks(rows)
-    loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
+    if teacher is None:
+        loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
+    else:  # a row has a target, so its conversation goes on beyond t + k
+        taught = (teacher.hidden.flatten(0, 1).index_select(0, index + teacher.ahead), teacher.weight)
+        loss_sum, correct = linear_teacher_loss(rows, weight, taught, targets[index], teacher.kind, impl, softcap)
     return HeadLoss(loss_sum, correct, len(index))
 
 
@@ -74,14 +89,14 @@ class MedusaHead(nn.Sequential):
         blocks = [ResBlock(hidden_size) for _ in range(num_layers)]
         super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))
 
-    def forward(self, hidden, targets=None, impl="torch", softcap=None):
+    def forward(self, hidden, targets=None, impl="torch", softcap=None, teacher: Teacher | None = None):
         """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
         *blocks, projection = self
         weight = cast(torch.Tensor, projection.weight)  # torch annotates any attribute of a module as Tensor | Module
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)  # the backbone may be bf16 and the heads fp32
         if targets is not None:
-            return projection_loss(hidden, targets, weight, impl, softcap, nn.Sequential(*blocks))
+            return projection_loss(hidden, targets, weight, impl, softcap, nn.Sequential(*blocks), teacher)
         return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
 
 

@@ -53,14 +53,7 @@ def linear_cross_entropy(
     dtype of `weight`. `softcap` is Gemma 2's: softcap * tanh(logits / softcap).
     """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if not torch.is_grad_enabled():  # detached, or the kernels would compute gradients all the same
-        hidden, weight = hidden.detach(), weight.detach()
-    elif weight.requires_grad and not hidden.requires_grad:
-        # liger-kernel 0.8.5 computes no weight gradient for an input that does not require grad: on a frozen backbone
-        # a head without ResBlocks would learn nothing, silently.
-        hidden = hidden.detach().requires_grad_()
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = prepare(hidden, weight, compute_dtype(hidden, weight))
     if impl == "torch" or len(targets) == 0:  # without rows, torch's empty product gives loss 0 and zero gradients
         return _torch(hidden, weight, targets, softcap)
     if impl == "chunked":
@@ -69,6 +62,22 @@ def linear_cross_entropy(
     if impl == "liger":
         return _liger(hidden, weight, targets, softcap)
     raise ValueError(f"unknown loss implementation {impl!r}: use liger, chunked or torch")
+
+
+def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def prepare(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in this dtype, and with or without gradients as the kernels need it."""
+    if not torch.is_grad_enabled():  # detached, or the kernels would compute gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
+    elif weight.requires_grad and not hidden.requires_grad:
+        # liger-kernel 0.8.5 computes no weight gradient for an input that does not require grad: on a frozen backbone
+        # a head without ResBlocks would learn nothing, silently.
+        hidden = hidden.detach().requires_grad_()
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def _torch(hidden, weight, targets, softcap):

@@ -205,6 +205,9 @@ CASES = {
     "offload": STAGE_2 | {"--gradient_checkpointing": True, "--offload_activations": True},
     "best, stage 1": STAGE_1 | BEST,
     "best, stage 2": STAGE_2 | BEST,
+    "kl, stage 1": STAGE_1 | BEST | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},  # with evaluation
+    "kl, stage 2": STAGE_2 | {"--medusa_loss": "kl"},
+    "kl, tied, stage 2": STAGE_2 | {"--medusa_loss": "kl", "--model_name_or_path": "tied"},
 }
 NO_DIFFERENCE = dict.fromkeys(
     ("checkpointing", "some recomputed", "offload"), "stage 2"

@@ -24,7 +24,7 @@ FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / fo
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
 LONGEST = 300  # lines
 # Modules before there were folders. The log, the changelog and the records of runs tell of their time.
-OLD = "chat_data|medusa_loss|medusa_trainer|medusa_fsdp|medusa_checkpoint|medusa_decoder|medusa_attention|"
+OLD = "chat_data|medusa_trainer|medusa_fsdp|medusa_checkpoint|medusa_decoder|medusa_attention|"
 OLD += "decode_kernels|decode_products|training_state|json_records"
 HISTORY = ("docs/log.md", "CHANGELOG.md", "benchmark/results/", "tests/test_house.py")
 

@@ -120,6 +120,14 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={"help": "True: stage 1, the backbone is frozen. False: stage 2, everything trains together."},
     )
+    medusa_loss: str = field(
+        default="ce",
+        metadata={
+            "help": "What heads learn: ce, the conversations' tokens; kl, the backbone's distribution of them; lk, "
+            "the same in a form that aims at how many guesses are accepted (model/teacher_loss.py).",
+            "choices": ["ce", "kl", "lk"],
+        },
+    )
     medusa_heads_coefficient: float = field(
         default=0.2, metadata={"help": "lambda_0, the weight of the heads' losses next to the backbone's."}
     )

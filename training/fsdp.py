@@ -80,6 +80,12 @@ def link_units(model: MedusaModel):
     if not isinstance(model, FSDPModule):
         return
     register_fsdp_forward_method(model, "last_hidden_state")
+
+    def teacher_weight() -> torch.Tensor:
+        gather(lm_head_unit(model))
+        return MedusaModel.teacher_weight(model)
+
+    model.teacher_weight = teacher_weight  # type: ignore[method-assign]  # on this instance, as FSDP itself does
     if isinstance(model.lm_head, FSDPModule):  # like a head, it computes its loss while its weight is whole
         lm_head: Any = model.lm_head
         lm_head.loss = model.lm_head_loss
@@ -106,6 +112,16 @@ def gather(unit: nn.Module):
     they arrived in (1 GB for a head of an 8B model), to overlap with a next unit, and there is none."""
     if isinstance(unit, FSDPModule):
         unit.unshard()
+
+
+def lm_head_unit(model: MedusaModel) -> nn.Module:
+    return model if lm_head_in_root_unit(model) else model.lm_head
+
+
+def release_teacher(model: MedusaModel):
+    """Frees the lm_head's whole weight when the last head has learnt from it. (A root unit frees its own.)"""
+    if model.medusa_loss != "ce" and isinstance(model.lm_head, FSDPModule):
+        model.lm_head.reshard()
 
 
 def lm_head_in_root_unit(model: MedusaModel) -> bool:

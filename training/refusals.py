@@ -87,6 +87,10 @@ def refuse(model, data, training):
             "--medusa_heads_coefficient, --medusa_decay_coefficient and --medusa_lr_multiplier: 0 or more",
         ),
         (
+            training.medusa_loss != "ce" and not model.medusa_return,
+            f"--medusa_loss {training.medusa_loss} is a loss of heads, and --medusa_return False has none",
+        ),
+        (
             training.medusa_heads_coefficient == 0 and stage_1,
             "--medusa_heads_coefficient 0 with --medusa_only_heads True would train nothing",
         ),

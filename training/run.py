@@ -28,6 +28,7 @@ def describe(model_args, training_args) -> dict:
         "medusa_num_heads": model_args.num_heads,
         "medusa_num_layers": model_args.medusa_num_layers,
         "medusa_only_heads": training_args.medusa_only_heads,
+        "medusa_loss": training_args.medusa_loss,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
     }
@@ -85,6 +86,7 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
+    found = {"medusa_loss": "ce"} | found  # older checkpoints do not say it
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(

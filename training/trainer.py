@@ -140,6 +140,7 @@ class MedusaTrainer(CheckpointingTrainer):
             loss += scaled.detach()
             out.add_to(self.step_sums[k])
             del out, scaled
+        fsdp.release_teacher(medusa)
         if not medusa.backbone_frozen:
             d_hidden = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
             if joint:
@@ -231,6 +232,7 @@ class MedusaTrainer(CheckpointingTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 sums += model(**self._prepare_inputs(inputs), head_weights=[1.0] * len(sums)).head_sums
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        fsdp.release_teacher(self.medusa)
         fsdp.keep_whole_between_forward_and_backward(self.medusa, True)
         metrics: dict[str, float] = {}
         total, weights = 0.0, self.head_weights()

@@ -58,7 +58,9 @@ def test_every_implementation_is_a_row(tmp_path):
         ("128", "liger, 32 rows a chunk", "32"),
         ("128", "chunked plain torch, 2048", "128"),
     ]
-    columns = "rows implementation chunk_rows ms tflops extra_gib loss_error grad_error gpu versions commit command"
+    columns = (
+        "rows loss implementation chunk_rows ms tflops extra_gib loss_error grad_error gpu versions commit command"
+    )
     assert list(rows[0]) == columns.split()
     for row in rows:
         assert float(row["ms"]) > 0 and float(row["loss_error"]) < 1e-3

@@ -46,7 +46,7 @@ def test_the_three_do_the_same_work(stage, bench):
 
 
 def test_a_head_without_its_resblocks_is_noticed(bench, monkeypatch):
-    def bypassed(self, hidden, targets=None, impl="torch", softcap=None):
+    def bypassed(self, hidden, targets=None, impl="torch", softcap=None, teacher=None):
         return heads.projection_loss(hidden.bfloat16(), targets, self[-1].weight, impl, softcap)
 
     train = throughput.train

@@ -7,7 +7,7 @@ from lab import CASES, CLIP, EACH, HSDP, INTERPRETED, NO_DIFFERENCE, STAGE_1, ST
 
 pytestmark = pytest.mark.processes
 FEW = ("stage 1", "stage 2", "tied, stage 1", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2")
-FEW += ("best, stage 1",)
+FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2")
 
 
 @pytest.mark.parametrize(
