@@ -24,9 +24,9 @@ from transformers.utils import ModelOutput
 from common.errors import BadInput
 from conversations.targets import shifted_targets
 from model.backbone import check_backbone, load_backbone
-from model.heads import HeadLoss, MedusaHead, Teacher, cap, projection_loss
+from model.heads import HeadLoss, MedusaHead, Teacher, projection_loss
 from model.heads_file import HEADS_DIR, find_heads, load_heads, save_heads
-from model.loss import choose_impl
+from model.loss import cap, choose_impl
 
 
 class MedusaConfig(PreTrainedConfig):

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conversations.ends import MARK, MARKS, find_context
+from conversations.ends import MARKS, find_context, marked
 from conversations.template import ChatTemplate, Refusal
 from conversations.thoughts import CLOSES, EMPTY, EMPTY_END, OPEN_END, TAG, split_thoughts, write_thoughts
 
@@ -180,7 +180,8 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan(chat: ChatTemplate, turns: tuple[tuple[str, bool], ...]) -> Plan | None:
     """`find_rows` of a conversation with a mark for each turn's text. turns: (role, whether it is learnt)."""
-    messages = [{"role": role, "content": MARK.format(i), "train": learnt} for i, (role, learnt) in enumerate(turns)]
+    conversation = marked(*(role for role, _ in turns))
+    messages = [message | {"train": learnt} for message, (_, learnt) in zip(conversation, turns, strict=True)]
     try:
         (row, *more), notes = find_rows({"messages": messages}, chat)
         prompt = MARKS.split(chat.context(messages[:-1]))

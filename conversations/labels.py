@@ -5,11 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
-
-from jinja2 import TemplateError
 
 from common.errors import BadInput
 from conversations.answers import Row, find_quickly, find_rows
@@ -115,7 +111,6 @@ def check_template(chat: ChatTemplate):
     """Says once what is unusual about the template. Raises BadInput if it cannot write a plain conversation."""
     turns = [{"role": role, "content": text} for role, text in (("user", "why"), ("assistant", "because"))] * 2
     try:
-        chat.render(turns)
         ends, rows = chat.ends, encode({"messages": turns}, chat, 10**6)
     except Refusal as refusal:
         raise BadInput(f"{refusal}: it has to write a question, an answer, a question and an answer") from refusal
@@ -140,14 +135,7 @@ def check_marks(chat: ChatTemplate, turns: list[dict], rows: list[dict]):
     if len(rows) > 1:  # as several rows they cannot be compared with one text
         turns = turns[:2]
         rows = encode({"messages": turns}, chat, 10**6)
-    how: dict[str, Any] = {"chat_template": chat.text, "tokenize": True, "return_dict": True} | chat.kwargs
-    ways: tuple[list | None, ...] = (None, [])  # as in ChatTemplate.render
-    for tools in ways:
-        with suppress(TemplateError, TypeError):
-            out = chat.tokenizer.apply_chat_template(turns, tools, return_assistant_tokens_mask=True, **how)
-            break
-    else:
-        return
+    out = chat.apply(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     marked = [token for token, is_marked in zip(out["input_ids"], out["assistant_masks"], strict=True) if is_marked]
     labels = [label for label in rows[0]["labels"] if label != IGNORE]
     if marked != labels:

@@ -55,6 +55,12 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], tools: list | None = None, generate: bool = False) -> str:
         """The conversation as text; generate: with what comes before the assistant's next answer. Raises Refusal."""
+        text = self.apply(messages, tools, tokenize=False, add_generation_prompt=generate)
+        assert isinstance(text, str)
+        return text
+
+    def apply(self, messages: list[dict], tools: list | None = None, **how):
+        """The tokenizer's `apply_chat_template`, in the way that this template can bear. Raises Refusal."""
         messages = [self.as_asked(message) for message in messages]
         ways = [(messages, tools)]
         if tools is None:  # some templates loop over tools without a look whether there are any
@@ -63,16 +69,10 @@ class ChatTemplate:
             ways.append(([with_json_arguments(message) for message in messages], tools))
         for turns, given in ways:
             try:
-                text = self.tokenizer.apply_chat_template(
-                    turns,
-                    tools=given,
-                    chat_template=self.tools_text if tools else self.text,
-                    add_generation_prompt=generate,
-                    tokenize=False,
-                    **self.kwargs,
+                template = self.tools_text if tools else self.text
+                return self.tokenizer.apply_chat_template(
+                    turns, tools=given, chat_template=template, **how, **self.kwargs
                 )
-                assert isinstance(text, str)
-                return text
             except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                 if type(error) is TemplateError:  # what raise_exception raises, and nothing else
                     raise Refusal(f"the chat template refuses it: {first_line(error)}") from error

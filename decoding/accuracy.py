@@ -15,7 +15,7 @@ from conversations.targets import IGNORE, shifted_targets
 from decoding.acceptance import NO_TOKEN, TOP, acceptance, right_path
 from decoding.answers import answer_all
 from medusa_model import MedusaModel
-from model.heads import cap
+from model.loss import cap
 
 ROWS = 512  # rows whose logits exist at once: 512 x 128256 x 4 bytes = 0.26 GB
 

@@ -12,7 +12,7 @@ from common.errors import BadInput
 from decoding.kernels import tree_attention, write
 from decoding.products import FewRowsLinear, Products
 from medusa_model import MedusaModel
-from model.heads import cap
+from model.loss import cap
 
 ATTENTION = "medusa_tree"
 

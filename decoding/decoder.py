@@ -28,7 +28,7 @@ from decoding.products import AllHeads, Products, sharing
 from decoding.tree import Choices, Layout, check, layout
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
-from model.heads import cap
+from model.loss import cap
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conversations.targets import IGNORE
-from model.loss import linear_cross_entropy
+from model.loss import cap, linear_cross_entropy
 from model.teacher_loss import linear_teacher_loss
 
 
@@ -98,8 +98,3 @@ class MedusaHead(nn.Sequential):
         if targets is not None:
             return projection_loss(hidden, targets, weight, impl, softcap, nn.Sequential(*blocks), teacher)
         return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
-
-
-def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Gemma 2's bound on the logits. softcap is None for other models: nothing changes."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -80,10 +80,22 @@ def prepare(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> t
     return hidden.to(dtype), weight.to(dtype)
 
 
+def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Gemma 2's bound on the logits. softcap is None for other models: nothing changes."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def scale_gradients(ctx, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """d_hidden and d_weight that a forward pass has saved, in place: autograd refuses a second backward."""
+    d_hidden, d_weight = ctx.saved_tensors
+    for grad in (d_hidden, d_weight):
+        if grad is not None:
+            grad.mul_(grad_loss)
+    return d_hidden, d_weight
+
+
 def _torch(hidden, weight, targets, softcap):
-    logits = F.linear(hidden, weight).float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = cap(F.linear(hidden, weight).float(), softcap)
     loss = F.cross_entropy(logits, targets, reduction="sum")
     return loss, (logits.argmax(-1) == targets).sum()
 
@@ -126,9 +138,7 @@ class _Chunked(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, len(targets), chunk):
             x, t = hidden[start : start + chunk], targets[start : start + chunk]
-            logits = (x @ weight.t()).float()
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
+            logits = cap((x @ weight.t()).float(), softcap)
             row = torch.arange(len(t), device=t.device)
             log_z = logits.logsumexp(-1, keepdim=True)
             loss += (log_z[:, 0] - logits[row, t]).sum()
@@ -149,8 +159,4 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        d_hidden, d_weight = ctx.saved_tensors  # scaled in place: autograd refuses a second backward
-        for grad in (d_hidden, d_weight):
-            if grad is not None:
-                grad.mul_(grad_loss)
-        return d_hidden, d_weight, None, None, None
+        return *scale_gradients(ctx, grad_loss), None, None, None

@@ -44,7 +44,7 @@ def linear_teacher_loss(
     hidden, weight = head_loss.prepare(hidden, weight, dtype)
     teacher_hidden, teacher_weight = (tensor.detach().to(dtype) for tensor in teacher)
     if impl == "torch" or len(targets) == 0:
-        z, y = (cap(x @ w.t(), softcap) for x, w in ((hidden, weight), (teacher_hidden, teacher_weight)))
+        z, y = (capped(x @ w.t(), softcap) for x, w in ((hidden, weight), (teacher_hidden, teacher_weight)))
         return reference(z, y, kind).sum(), (z.argmax(-1) == targets).sum()
     on_gpu = hidden.device.type == "cuda"
     chunk = head_loss.CHUNK_ROWS if on_gpu or impl == "liger" else head_loss.CHUNK_ROWS_CPU
@@ -52,10 +52,9 @@ def linear_teacher_loss(
     return _Chunked.apply(hidden, weight, teacher_hidden, teacher_weight, targets, kind, softcap, chunk, step)
 
 
-def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """In fp32 (or more), soft-capped as Gemma 2's are."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """In fp32 (or more)."""
+    return head_loss.cap(logits if logits.dtype == torch.float64 else logits.float(), softcap)
 
 
 def reference(z: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
@@ -72,7 +71,7 @@ def reference(z: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
 def in_torch(z: torch.Tensor, y: torch.Tensor, kind: str, softcap: float | None):
     """-> loss `[R]`, best token `[R]`, gradient `[R, V]`, of raw logits `[R, V]`."""
     dtype, raw = z.dtype, z.float()
-    z, y = cap(z, softcap), cap(y, softcap)
+    z, y = capped(z, softcap), capped(y, softcap)
     slope = None if softcap is None else 1 - (z / softcap) ** 2
     best, loss = raw.argmax(-1), reference(z, y, kind)
     q, p = z.softmax(-1), y.softmax(-1)
@@ -200,8 +199,4 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        d_hidden, d_weight = ctx.saved_tensors  # scaled in place: autograd refuses a second backward
-        for grad in (d_hidden, d_weight):
-            if grad is not None:
-                grad.mul_(grad_loss)
-        return d_hidden, d_weight, *[None] * 7
+        return *head_loss.scale_gradients(ctx, grad_loss), *[None] * 7

@@ -1,9 +1,10 @@
-"""A tiny chat model that answers, and distill.py run on it: for the tests of distill.py."""
+"""A tiny chat model that answers, and distill.py run on it: fixtures, a plugin of the tests of distill.py."""
 
 import json
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import make_backbone, make_conversations, make_tokenizer
 
 import distill
@@ -12,7 +13,8 @@ PROMPTS = [chat["messages"][0]["content"] for chat in make_conversations(10)]
 ENDS = list(range(1, 320, 24))  # a random model hardly ever says one given token, so many end an answer
 
 
-def make_chat_dir(tmp_path) -> Path:
+@pytest.fixture
+def chat_dir(tmp_path) -> Path:
     """A tiny chat model that ends some of its answers after a few tokens, and never ends others."""
     backbone = make_backbone()
     backbone.generation_config.eos_token_id = ENDS
@@ -21,7 +23,8 @@ def make_chat_dir(tmp_path) -> Path:
     return tmp_path / "chat"
 
 
-def asker(chat_dir: Path, tmp_path, monkeypatch):
+@pytest.fixture
+def ask(chat_dir: Path, tmp_path, monkeypatch):
     """-> a function that runs the script, and returns the file it wrote."""
 
     def run(name="out.jsonl", prompts=None, model=chat_dir, **flags) -> Path:

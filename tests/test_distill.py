@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from conftest import make_tokenizer, write_jsonl
-from distilling import ENDS, PROMPTS, asker, make_chat_dir, records
+from distilling import ENDS, PROMPTS, records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill
@@ -21,18 +21,10 @@ from conversations.template import ChatTemplate
 from decoding import answers
 from model.backbone import load_backbone
 
+pytest_plugins = ("distilling",)
+
 LENGTHS = [len(ids) for ids in tokenise([question(p) for p in PROMPTS], ChatTemplate(make_tokenizer("llama3")))]
 SOME = sorted(LENGTHS)[6]  # tokens that 7 of the 10 prompts have at most
-
-
-@pytest.fixture
-def chat_dir(tmp_path):
-    return make_chat_dir(tmp_path)
-
-
-@pytest.fixture
-def ask(chat_dir, tmp_path, monkeypatch):
-    return asker(chat_dir, tmp_path, monkeypatch)
 
 
 def test_writes_what_training_reads(ask):

@@ -2,21 +2,13 @@
 
 import pytest
 from conftest import make_tokenizer, write_jsonl
-from distilling import asker, make_chat_dir, records
+from distilling import records
 
 from common.errors import BadInput
 from conversations.labels import encode
 from conversations.template import ChatTemplate
 
-
-@pytest.fixture
-def chat_dir(tmp_path):
-    return make_chat_dir(tmp_path)
-
-
-@pytest.fixture
-def ask(chat_dir, tmp_path, monkeypatch):
-    return asker(chat_dir, tmp_path, monkeypatch)
+pytest_plugins = ("distilling",)
 
 
 def test_a_thought_that_the_prompt_opens_is_whole_in_the_messages_and_trained_on_as_it_was(ask, chat_dir):

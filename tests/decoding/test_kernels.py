@@ -5,7 +5,7 @@ import torch
 from conftest import TOLERANCE, assert_near
 
 from decoding.kernels import AttentionConfig, attention_config, tree_attention, write
-from model.heads import cap
+from model.loss import cap
 
 
 def reference_tree_attention(
