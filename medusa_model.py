@@ -87,6 +87,7 @@ class MedusaModel(PreTrainedModel):
             setattr(config, name, getattr(text_config, name, None))
         self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
         self.medusa_loss = "ce"  # of the heads: against the next tokens; kl, lk: against the backbone's distribution
+        self.teacher_temperature, self.teacher_mix = 1.0, 0.0  # how kl and lk read it: model/teacher_loss.py
         self.backbone_frozen = False
         units = ["MedusaHead"] if config.medusa_num_heads else []
         self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
@@ -174,7 +175,8 @@ class MedusaModel(PreTrainedModel):
         if k > 0:
             teacher = None
             if self.medusa_loss != "ce":
-                teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k)
+                form = self.teacher_temperature, self.teacher_mix
+                teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k, *form)
             return self.medusa_heads[k - 1](hidden, targets, self.loss_impl, self.softcap, teacher)
         return self.lm_head_loss(hidden, targets)
 
