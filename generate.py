@@ -27,7 +27,7 @@ from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import NODES
 from decoding.answers import Decoded, decode
-from decoding.comparison import compare
+from decoding.comparison import by_group, compare
 from decoding.decoder import Decoder, Sampling, check_room
 from decoding.tree import Choices, best_tree, chain, fastest, load_chance, measured_lengths, read_choices
 from medusa_model import MedusaModel
@@ -61,7 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--epsilon", type=float, default=0.09, help="typical: always likely enough is a probability above it")
     add("--delta", type=float, default=0.3, help="typical: or one above delta * exp(-entropy)")
     add("--seed", type=int, default=0, help="of the drawing")
-    add("--compare", action="store_true", help="decode plainly too, by the same code, and show both side by side")
+    add(
+        "--compare",
+        action="store_true",
+        help="decode plainly too, by the same code, and show both side by side; prompts with a field `group` also get "
+        "a table by group",
+    )
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write answers and figures there")
@@ -164,6 +169,9 @@ def main():
         text, figures = compare(plain, heads, tokenizer, model.lm_head.weight.dtype, greedy=args.temperature == 0)
         print(text)
         result |= figures
+        if any(groups := [asked.get("group") for asked in questions[: args.limit]]):
+            result["groups"] = by_group(plain, heads, [group or "other" for group in groups])
+            print("\n" + markdown(result["groups"]))
     else:
         if args.batch_size > 1:  # not printed word by word
             print("\n\n".join(answers))

@@ -70,6 +70,7 @@ FEATURES = datasets.Features(
         "unfinished": datasets.Value("bool"),  # the last answer was cut off: its end is no end of turn
         "prompt_ids": datasets.List(datasets.Value("int32")),
         "answer_ids": datasets.List(datasets.Value("int32")),
+        "group": datasets.Value("string"),  # of a prompt: the kind of task, as benchmarks have it
     }
 )
 WRITTEN = ("user", "assistant", "system")  # roles of plain conversations; the last is allowed in front

@@ -37,7 +37,7 @@ def ask(messages: list[dict]) -> list[dict]:
 
 def question(text: str) -> dict:
     """A conversation of one question."""
-    rest = {"tools": None, "unfinished": False, "prompt_ids": None, "answer_ids": None}
+    rest = {"tools": None, "unfinished": False, "prompt_ids": None, "answer_ids": None, "group": None}
     return {"messages": [{"role": "user", "content": text}]} | rest
 
 

@@ -1,7 +1,7 @@
 """One record, in any of the shapes that people publish -> the normal form of a conversation.
 
     {"messages": [message, ...], "tools": list | None, "unfinished": bool, "prompt_ids": list | None,
-     "answer_ids": list | None}
+     "answer_ids": list | None, "group": str | None}
     message = {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": str} and, only where given,
     reasoning_content, tool_calls, name, tool_call_id, and "train": False for an answer that is not to be learnt
 
@@ -19,7 +19,8 @@ BELOW = ("input", "context")  # what may stand below a question
 ANSWER = ("response", "output", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
 IDS = ("prompt_ids", "answer_ids")
-FIELDS = {*TURNS, *QUESTION, *BELOW, *ANSWER, *SYSTEM, *IDS, "history", "tools", "unfinished"}  # all that are read
+OTHERS = ("history", "tools", "unfinished", "group")
+FIELDS = {*TURNS, *QUESTION, *BELOW, *ANSWER, *SYSTEM, *IDS, *OTHERS}  # all that are read
 
 
 def to_conversation(record: object, ask: bool = False) -> tuple[dict | None, str, list[str]]:
@@ -41,6 +42,7 @@ def to_conversation(record: object, ask: bool = False) -> tuple[dict | None, str
             "tools": _tools(record),
             "unfinished": not ask and bool(record.get("unfinished")),
             **(dict.fromkeys(IDS) if ask else _token_ids(record)),
+            "group": str(record["group"]) if ask and record.get("group") is not None else None,
         }
     except Problem as problem:
         return None, str(problem), []

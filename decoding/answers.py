@@ -15,18 +15,23 @@ class Decoded:
     name: str
     answers: list[list[int]] = field(default_factory=list)
     pieces: list[list[int]] = field(default_factory=list)  # per answer: how many tokens each pass added
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # per answer: its share of its batch's time
 
     def figures(self) -> dict:
         """Without the prefill and its tokens. A pass over a batch counts once for each row that it advanced."""
-        tokens, passes = sum(map(sum, self.pieces)), sum(map(len, self.pieces))
+        tokens, passes, seconds = sum(map(sum, self.pieces)), sum(map(len, self.pieces)), sum(self.seconds)
         return {
             "tokens": tokens,
             "passes": passes,
-            "seconds": self.seconds,
-            "tokens_per_s": tokens / self.seconds if tokens else 0.0,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds if tokens else 0.0,
             "tokens_per_pass": tokens / passes if passes else 1.0,
         }
+
+    def only(self, numbers: list[int]) -> "Decoded":
+        """The answers with these numbers."""
+        answers, pieces = ([column[i] for i in numbers] for column in (self.answers, self.pieces))
+        return Decoded(self.name, answers, pieces, [self.seconds[i] for i in numbers])
 
 
 def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: str, show=None) -> Decoded:
@@ -46,7 +51,7 @@ def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: 
                     show(tokens)
             clock = clock or time.perf_counter()
         assert clock is not None
-        out.seconds += time.perf_counter() - clock
+        out.seconds += [(time.perf_counter() - clock) / len(batch)] * len(batch)
         if show:
             show(None)
         out.answers += answers

@@ -38,6 +38,19 @@ def side_by_side(left: str, right: str, width: int) -> str:
     return "\n".join(f"{a:{width}} | {b}".rstrip() for a, b in zip_longest(*columns, fillvalue=""))
 
 
+def by_group(plain: Decoded, heads: Decoded, groups: list[str]) -> list[dict]:
+    """One row for each group of prompts, in the order in which they come first. groups: each prompt's."""
+    rows = []
+    for name in dict.fromkeys(groups):
+        numbers = [i for i, group in enumerate(groups) if group == name]
+        base, found = plain.only(numbers), heads.only(numbers)
+        slow, fast = base.figures(), found.figures()
+        row = {"group": name, "prompts": len(numbers), "tokens per pass": fast["tokens_per_pass"]}
+        row |= {"speed-up": fast["tokens_per_s"] / slow["tokens_per_s"] if slow["tokens_per_s"] else 1.0}
+        rows.append(row | {"identical": sum(map(list.__eq__, base.answers, found.answers))})
+    return rows
+
+
 def compare(plain: Decoded, heads: Decoded, tokenizer, dtype: torch.dtype, greedy: bool) -> tuple[str, dict]:
     """-> (a report for the terminal, its figures)."""
     rows = [{"decoding": one.name} | one.figures() for one in (plain, heads)]

@@ -32,7 +32,7 @@ def chat(*contents) -> list[dict]:
 
 def to_data(*conversations, unfinished=()) -> Dataset:
     """unfinished: the numbers of those that are."""
-    rest = {"tools": None, "prompt_ids": None, "answer_ids": None}
+    rest = {"tools": None, "prompt_ids": None, "answer_ids": None, "group": None}
     rows = [{"record": i, "messages": m, "unfinished": i in unfinished} for i, m in enumerate(conversations, 1)]
     return Dataset.from_list([row | rest for row in rows], features=FEATURES)
 
@@ -46,7 +46,7 @@ FIRST, SECOND = map(json.dumps, GOOD)
 SHORT, LONG = chat("why", "cold"), chat("why " * 30, "cold")
 
 # Conversations in the normal form of conversations/records.py.
-WHOLE = {"tools": None, "unfinished": False, "prompt_ids": None, "answer_ids": None}
+WHOLE = {"tools": None, "unfinished": False, "prompt_ids": None, "answer_ids": None, "group": None}
 ASKED = turn("user", "the cat")
 RED = [ASKED, turn("assistant", "red dog")]
 RED_PAIRS = [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "red dog"}]

@@ -97,6 +97,23 @@ def test_compare_shows_both(stage1, monkeypatch, capsys):
     assert f"{depth} head{'s' * (depth > 1)}, tree of 6" in printed
 
 
+def test_groups_of_prompts_have_a_table(stage1, monkeypatch, capsys, tmp_path):
+    write_accuracies(stage1)
+    names, file = ("qa", "sums", "qa", None), tmp_path / "prompts.jsonl"
+    records = [{"prompt": PROMPTS[i % 2] + " why" * i} | ({"group": n} if n else {}) for i, n in enumerate(names)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = ("--prompts", file, "--max_new_tokens", 12, "--nodes", 6, "--compare")
+    result = run(monkeypatch, stage1, *asked)
+    assert [(row["group"], row["prompts"], row["identical"]) for row in result["groups"]] == [
+        ("qa", 2, 2), ("sums", 1, 1), ("other", 1, 1)
+    ]  # fmt: skip
+    assert "| group" in capsys.readouterr().out
+    passes = [row["tokens per pass"] for row in result["groups"]]
+    assert min(passes) <= result["heads"]["tokens_per_pass"] <= max(passes)
+    one = run(monkeypatch, stage1, "--prompt", records[1]["prompt"], *asked[2:])
+    assert one["heads"]["tokens_per_pass"] == passes[1] and "groups" not in one
+
+
 def test_nodes_and_what_is_chosen_without(stage1, monkeypatch, caplog):
     caplog.set_level("INFO")
     asked = ("--prompt", PROMPTS[0], "--max_new_tokens", 4)

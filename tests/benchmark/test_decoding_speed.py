@@ -79,7 +79,7 @@ def test_which_prompts_are_decoded_and_how(decode, monkeypatch):
         if name == "4":
             answers[0] = [6] * 9
         return decoding_speed.Decoded(
-            name, answers, [[step] * (8 // step) for _ in prompts], seconds=0.1 * len(prompts)
+            name, answers, [[step] * (8 // step) for _ in prompts], seconds=[0.1] * len(prompts)
         )
 
     monkeypatch.setattr(decoding_speed, "decode", fake)
