@@ -29,6 +29,7 @@ def describe(model_args, training_args) -> dict:
         "medusa_num_layers": model_args.medusa_num_layers,
         "medusa_only_heads": training_args.medusa_only_heads,
         "medusa_loss": training_args.medusa_loss,
+        "medusa_vocab_size": model_args.medusa_vocab_size,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
     }
@@ -86,7 +87,8 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
-    found = {"medusa_loss": "ce"} | found  # older checkpoints do not say it
+    # Older checkpoints do not say the first; the second is only said if it is reduced.
+    found = {"medusa_loss": "ce", "medusa_vocab_size": None} | found
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(
@@ -120,7 +122,8 @@ def identity(model_args, training_args, checkpoint: Path | None, date: Date, tra
             f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
             "--model_max_length, --packing, --eval_holdout and chat template"
         )
-    return describe(model_args, training_args) | {"data": data, "date": date.isoformat()}
+    said = {key: value for key, value in describe(model_args, training_args).items() if value is not None}
+    return said | {"data": data, "date": date.isoformat()}
 
 
 def digest(dataset) -> str:

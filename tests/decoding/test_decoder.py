@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from common.errors import BadInput
-from decoding.decoder import Decoder, Sampling
+from decoding.decoder import Decoder
 from decoding.products import AllHeads, Products, sharing
+from decoding.sampling import Sampling
 from decoding.tree import chain
 from medusa_model import MedusaConfig, MedusaModel
 
@@ -103,7 +104,7 @@ def test_stops_where_the_context_ends():
 def test_trees_that_do_not_fit():
     with pytest.raises(BadInput, match="depth 3"):
         Decoder(make_model(heads=2), chain(3), 1, 20)
-    with pytest.raises(BadInput, match=r"the tree has rank 9, but there are 9 tokens"):
+    with pytest.raises(BadInput, match=r"the tree has rank 9, but heads guess 9 tokens"):
         Decoder(make_model(heads=2), [(0,), (VOCAB,)], 1, 20)
 
 
