@@ -33,7 +33,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "V': heads guess only the V' tokens that are most frequent among the labels, and are that much "
-            "smaller and faster (default: all tokens). docs/decoding.md says what is lost."
+            "smaller (default: all tokens). docs/decoding.md says what is lost."
         },
     )
     medusa_return: bool = field(

@@ -202,11 +202,11 @@ def test_step_ms_is_a_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tree", [[], bushy(3)])
-def test_bf16_on_a_gpu(tree):
+@pytest.mark.parametrize(("tree", "tokens"), [([], None), (bushy(3), None), (bushy(3), [0, 2, 3, 5, 8])])
+def test_bf16_on_a_gpu(tree, tokens):
     """Several rows are products of their own there, and a graph replays them as they are; heads of another type than
     the backbone's go the slow way."""
-    model = make_model().to(torch.bfloat16)
+    model = make_model(tokens=tokens).to(torch.bfloat16)
     results = []
     for graph, dtype in ((False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)):
         model.medusa_heads.to(dtype)
@@ -218,9 +218,10 @@ def test_bf16_on_a_gpu(tree):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [None, [0, 2, 3, 5, 8]])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, True)])
-def test_a_captured_pass_is_the_pass(sampling):
-    model = make_model()
+def test_a_captured_pass_is_the_pass(sampling, tokens):
+    model = make_model(tokens=tokens)
     results = []
     for graph in (False, True):
         decoder = Decoder(model, bushy(3), 4, 80, sampling, graph=graph)
