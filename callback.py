@@ -50,7 +50,8 @@ class FlopCount:
     per_pair: 4 x layers x heads x head_dim, for query x key and weight x value of one attended token.
     per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head. Stage 1 does
         not need the first ResBlock's d_hidden, but it is counted too: at most 1 % of a head. 2 more per weight of the
-        lm_head if that teaches the heads.
+        head's projection if the lm_head teaches it: its teacher has as many tokens. (With a draft vocabulary, rows
+        whose target is outside of it count too, though they cost nothing: a few in a hundred.)
     backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains.
     """
 
@@ -65,13 +66,16 @@ class FlopCount:
         decoder, config = model.backbone.get_decoder(), model.backbone.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         lm_head = 0 if model.backbone_frozen else model.lm_head.weight.numel()
-        teacher = 0.0 if model.medusa_loss == "ce" else 2.0 * model.lm_head.weight.numel()
+        teaches = model.medusa_loss != "ce"
         return cls(
             per_token=2.0 * sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear)),
             per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
             per_row=[
                 6.0 * lm_head,
-                *(6.0 * sum(p.numel() for p in head.parameters()) + teacher for head in model.medusa_heads),
+                *(
+                    6.0 * sum(p.numel() for p in head.parameters()) + 2.0 * teaches * head[-1].weight.numel()
+                    for head in model.medusa_heads
+                ),
             ],
             backbone_passes=1 if model.backbone_frozen else 3,
         )

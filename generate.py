@@ -28,7 +28,8 @@ from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import NODES
 from decoding.answers import Decoded, decode
 from decoding.comparison import by_group, compare
-from decoding.decoder import Decoder, Sampling, check_room
+from decoding.decoder import Decoder, check_room
+from decoding.sampling import Sampling
 from decoding.tree import Choices, best_tree, chain, fastest, load_chance, measured_lengths, read_choices
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens

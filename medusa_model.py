@@ -6,44 +6,28 @@
     model(input_ids, labels=labels).loss.backward()
 
 Head k (k = 1..K) predicts the token at t + k + 1 from the last hidden state h_t. The backbone's own `lm_head` is
-head 0 and predicts the token at t + 1. A head is n ResBlocks and its own projection to the vocabulary.
+head 0 and predicts the token at t + 1. A head is n ResBlocks and its own projection to the vocabulary, or to a draft
+vocabulary (model/vocabulary.py).
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import ModelOutput
 
 from common.errors import BadInput
-from conversations.targets import shifted_targets
+from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone
-from model.heads import HeadLoss, MedusaHead, Teacher, projection_loss
-from model.heads_file import HEADS_DIR, find_heads, load_heads, save_heads
+from model.config import MedusaConfig
+from model.heads import HeadLoss, MedusaHead, MedusaHeads, Teacher, projection_loss
+from model.heads_file import HEADS_DIR, TOKEN_MAP, find_heads, load_heads, save_heads, under
 from model.loss import cap, choose_impl
-
-
-class MedusaConfig(PreTrainedConfig):
-    """config.json of a heads directory. `from_backbone` fills in the sizes."""
-
-    model_type = "medusa"
-    medusa_num_heads: int = 5
-    medusa_num_layers: int = 1
-    base_model_name_or_path: str | None = None
-    hidden_size: int | None = None
-    vocab_size: int | None = None
-
-    def to_dict(self) -> dict:
-        # Only what describes the heads. TGI recognises a Medusa directory by the absence of `architectures`.
-        keys = ("model_type", "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path")
-        fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
-        return fields | {"transformers_version": transformers.__version__}
+from model.vocabulary import to_draft, to_full
 
 
 @dataclass
@@ -76,10 +60,9 @@ class MedusaModel(PreTrainedModel):
         super().__init__(config)
         assert config.hidden_size is not None and config.vocab_size is not None
         self.backbone = backbone
-        self.medusa_heads = nn.ModuleList(
-            MedusaHead(config.hidden_size, config.vocab_size, config.medusa_num_layers)
-            for _ in range(config.medusa_num_heads)
-        )
+        sizes = config.hidden_size, config.medusa_vocab_size or config.vocab_size, config.medusa_num_layers
+        heads = (MedusaHead(*sizes) for _ in range(config.medusa_num_heads))
+        self.medusa_heads = MedusaHeads(heads, config.medusa_vocab_size)
         # No post_init(): it would initialise the zero ResBlocks at random.
         text_config = backbone.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -94,10 +77,11 @@ class MedusaModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(
-        cls, backbone: PreTrainedModel, config: MedusaConfig, dtype=None, fill: bool = True
+        cls, backbone: PreTrainedModel, config: MedusaConfig, dtype=None, fill: bool = True, token_map=None
     ) -> "MedusaModel":
         """Adds untrained heads, whose logits equal the `lm_head`'s exactly. dtype: of the heads (default: the
-        backbone's). fill=False leaves them uninitialised, for a process that receives the weights from another."""
+        backbone's). fill=False leaves them uninitialised, for a process that receives the weights from another.
+        token_map: int64 `[V']`, the only tokens that they guess, ascending (model/vocabulary.py; default: all)."""
         lm_head = backbone.get_output_embeddings()
         check_backbone(backbone, lm_head)
         vocab_size, hidden_size = lm_head.weight.shape
@@ -112,16 +96,11 @@ class MedusaModel(PreTrainedModel):
         if config.base_model_name_or_path is None:
             name = backbone.name_or_path or ""
             config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
+        config.medusa_vocab_size = None if token_map is None else len(token_map)
         with torch.device("meta"):  # saves the random init of K x vocab x hidden numbers, which would be overwritten
             model = cls(config, backbone)
         model.medusa_heads.to(dtype=dtype or lm_head.weight.dtype).to_empty(device=lm_head.weight.device)
-        if not fill:
-            return model
-        with torch.no_grad():
-            for *blocks, projection in cast(Any, model.medusa_heads):  # torch annotates its members as plain Modules
-                for block in blocks:
-                    block.reset_parameters()
-                projection.weight.copy_(lm_head.weight)
+        model.medusa_heads.start_from(lm_head.weight, token_map, fill)
         return model
 
     def choose_kernels(self, use_liger: bool, device: torch.device):
@@ -148,6 +127,10 @@ class MedusaModel(PreTrainedModel):
         if self.backbone_frozen:
             self.backbone.eval()
         return self
+
+    @property
+    def token_map(self) -> torch.Tensor | None:
+        return self.medusa_heads.token_map
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -177,12 +160,17 @@ class MedusaModel(PreTrainedModel):
             if self.medusa_loss != "ce":
                 form = self.teacher_temperature, self.teacher_mix
                 teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k, *form)
-            return self.medusa_heads[k - 1](hidden, targets, self.loss_impl, self.softcap, teacher)
+            drafted = to_draft(targets, self.token_map)
+            out = self.medusa_heads[k - 1](hidden, drafted, self.loss_impl, self.softcap, teacher)
+            # A row whose target heads cannot guess costs no product and has no loss, but it is a row, and a miss.
+            return out if self.token_map is None else out._replace(rows=count_rows(targets))
         return self.lm_head_loss(hidden, targets)
 
     def teacher_weight(self) -> torch.Tensor:
-        """`[V, H]`, of the lm_head. (Under FSDP2 the instance's own gathers it first: training/fsdp.py.)"""
-        return self.lm_head.weight.detach()
+        """`[V, H]`, of the lm_head, or its `[V', H]` rows: the teacher's softmax is over the tokens of the heads'.
+        (Under FSDP2 the instance's own gathers it first: training/fsdp.py.)"""
+        weight = self.lm_head.weight.detach()
+        return weight if self.token_map is None else weight[self.token_map]
 
     def lm_head_loss(self, hidden, targets) -> HeadLoss:
         return projection_loss(hidden, targets, self.lm_head.weight, self.loss_impl, self.softcap)
@@ -212,7 +200,8 @@ class MedusaModel(PreTrainedModel):
             return MedusaOutput(last_hidden_state=hidden)
         if labels is None:
             lm_logits = cap(self.lm_head(hidden), self.softcap)
-            heads = [head(hidden, softcap=self.softcap).to(lm_logits.dtype) for head in self.medusa_heads]
+            guesses = (head(hidden, softcap=self.softcap) for head in self.medusa_heads)
+            heads = [to_full(logits, self.token_map, lm_logits) for logits in guesses]
             return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
         num_heads = len(self.medusa_heads)
         head_weights = head_weights or [0.0 if self.backbone_frozen else 1.0] + [1.0] * num_heads
@@ -264,7 +253,8 @@ class MedusaModel(PreTrainedModel):
         if include_backbone:
             config["base_model_name_or_path"] = str(Path(final_directory or directory).resolve())
             directory = directory / HEADS_DIR
-        save_heads(under("medusa_heads.", state_dict), config, directory)
+        tokens = {} if self.token_map is None else {TOKEN_MAP: self.token_map}
+        save_heads(under("medusa_heads.", state_dict) | tokens, config, directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # loads heads and a backbone: other arguments than one model's
@@ -280,16 +270,9 @@ class MedusaModel(PreTrainedModel):
         config = MedusaConfig(**fields)
         base = str(base_model_name_or_path or stage2 or config.base_model_name_or_path)
         backbone = load_backbone(base, dtype=dtype or "auto", **kwargs)
+        token_map = state_dict.pop(TOKEN_MAP, None)
         if heads_dtype is None:
             heads_dtype = next(iter(state_dict.values())).dtype
-        model = cls.from_backbone(backbone, config, dtype=heads_dtype)
+        model = cls.from_backbone(backbone, config, dtype=heads_dtype, token_map=token_map)
         model.medusa_heads.load_state_dict(state_dict, strict=True)
         return model.eval()
-
-
-def under(prefix: str, state_dict: dict) -> dict:
-    """The entries whose names start with `prefix`, with the prefix removed."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-
-
-AutoConfig.register("medusa", MedusaConfig)  # else AutoTokenizer warns about config.json of a heads directory

@@ -18,7 +18,7 @@ from conversations.batches import Collator
 from conversations.options import parse_kwargs
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
-from training import run
+from training import run, vocabulary
 from training.arguments import parse
 from training.build import build_model
 from training.data import load_data
@@ -36,6 +36,7 @@ ADVICE = {
 def main():
     terminal.start()
     model_args, data_args, training_args = parse(sys.argv[1:])
+    model_args.medusa_vocab_size = vocabulary.draft_size(model_args, training_args)
     checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, training_args)
     date = run.first_day(checkpoint)
     access = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
@@ -46,7 +47,8 @@ def main():
     if data_args.show_data:
         return preview.show(train_data, chat, data_args.show_data if training_args.process_index == 0 else 0)
     identity = run.identity(model_args, training_args, checkpoint, date, train_data, eval_data)
-    model = build_model(model_args, data_args, training_args, tokenizer, checkpoint)
+    tokens = vocabulary.choose_tokens(model_args, training_args, checkpoint, train_data, eval_data, chat.stops)
+    model = build_model(model_args, data_args, training_args, tokenizer, checkpoint, tokens)
     trainer = MedusaTrainer(
         model=model,
         args=training_args,

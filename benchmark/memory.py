@@ -25,7 +25,16 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from setting import IMPLEMENTATIONS, append, choose_implementation, origin, random_rows, set_sizes, trainer_class
+from setting import (
+    IMPLEMENTATIONS,
+    append,
+    choose_implementation,
+    draft_tokens,
+    origin,
+    random_rows,
+    set_sizes,
+    trainer_class,
+)
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, TrainerCallback
 
@@ -110,13 +119,15 @@ def build_trainer(options, implementation: str, heads: int, directory: str) -> M
     )
     backbone = empty_backbone(LlamaConfig(**options.shape), torch.bfloat16 if stage_1 else torch.float32)
     config = MedusaConfig(medusa_num_heads=heads)
-    model = MedusaModel.from_backbone(backbone, config, dtype=torch.float32, fill=False)
+    tokens = draft_tokens(options.shape, options.medusa_vocab_size)
+    model = MedusaModel.from_backbone(backbone, config, dtype=torch.float32, fill=False, token_map=tokens)
     if stage_1:
         model.freeze_backbone()
     choose_implementation(model, implementation, args.device)
     rows = []
     for length in options.lengths:
-        rows += random_rows(options.shape, length, 1) * (options.steps * options.batch_size * options.world_size)
+        row = random_rows(options.shape, length, 1, options.medusa_vocab_size)
+        rows += row * (options.steps * options.batch_size * options.world_size)
     meter = None
     if options.real:
         meter = EfficiencyCallback(FlopCount.of(model), args.device, world_size=options.world_size)
@@ -142,6 +153,7 @@ def measure(options, implementation: str, heads: int, source: dict):
             return
         row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size}
         row |= {"world_size": options.world_size, "length": next(lengths), "implementation": implementation}
+        row["medusa_vocab_size"] = options.medusa_vocab_size or ""
         row["options"] = f"fsdp{options.fsdp}" + " offload" * options.offload_activations
         row |= {"group": "real" if options.real else "fake", "peak_gib": peak, "resting_gib": resting}
         row |= {key: f"{logs[key]:.5g}" if logs and key in logs else "" for key in SPEED} | source
@@ -168,6 +180,7 @@ def main():
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--batch_size", type=int, default=4, help="conversations per GPU")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 1024 2048 4096 8192; --smoke: 32 64")
+    parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--fsdp", type=int, choices=(1, 2), default=2, help="where it is simulated")
     parser.add_argument("--offload_activations", action="store_true", help="with --implementations ours only")
     parser.add_argument("--limit_gib", type=float, help="memory runs out here: a larger GPU stands for a smaller one")

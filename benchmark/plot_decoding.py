@@ -112,7 +112,8 @@ def step_time(rows: list[dict]) -> plt.Figure | None:
     """The measured time of a pass, a line for each number of heads, over the stacked times of reading what the most
     heads need. On the points the break-even: tokens that a pass must yield to be worth it. None if no size has a time.
     """
-    groups = grouped([row for row in rows if row["step_ms"]], "model", "gpu", "length", "batch_size")
+    rows = [row for row in rows if row["step_ms"] and not row.get("medusa_vocab_size")]  # older files lack the second
+    groups = grouped(rows, "model", "gpu", "length", "batch_size")
     if not groups:
         return None
     picture, all_axes = panels(len(groups))

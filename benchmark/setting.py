@@ -43,6 +43,16 @@ def set_sizes(options):
     options.lengths = options.lengths or ([32, 64] if options.smoke else [1024, 2048, 4096, 8192])
 
 
+def draft_tokens(shape: dict, size: int | None) -> torch.Tensor | None:
+    """For --medusa_vocab_size: ids of tokens `[size]`, evenly spread over the vocabulary; None stands for all. Raises
+    SystemExit if there are not so many."""
+    if size is None:
+        return None
+    if not 0 < size < shape["vocab_size"]:
+        sys.exit(f"--medusa_vocab_size {size}: from 1 to {shape['vocab_size'] - 1} tokens")
+    return torch.arange(size) * shape["vocab_size"] // size
+
+
 class AllAtOnceTrainer(MedusaTrainer):
     """`hf` and `liger`: every head forward, then one backward."""
 
@@ -72,8 +82,11 @@ def without_liger():
         setattr(modeling_llama, name, value)
 
 
-def random_model(shape: dict, heads: int, stage: int, dtype: torch.dtype, device: torch.device) -> MedusaModel:
-    """A MedusaModel with random weights, made on `device`, the same for the same arguments.
+def random_model(
+    shape: dict, heads: int, stage: int, dtype: torch.dtype, device: torch.device, draft: int | None = None
+) -> MedusaModel:
+    """A MedusaModel with random weights, made on `device`, the same for the same arguments. draft: how many tokens the
+    heads guess.
 
     The ResBlocks are random too. Heads start with zero ones, and then leaving one out would not show.
     """
@@ -83,7 +96,8 @@ def random_model(shape: dict, heads: int, stage: int, dtype: torch.dtype, device
         backbone = AutoModelForCausalLM.from_config(
             LlamaConfig(**shape), dtype=torch.bfloat16 if stage == 1 else dtype
         )
-        model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=heads), dtype=dtype)
+        config, tokens = MedusaConfig(medusa_num_heads=heads), draft_tokens(shape, draft)
+        model = MedusaModel.from_backbone(backbone, config, dtype=dtype, token_map=tokens)
     with torch.no_grad():
         for module in model.medusa_heads.modules():
             if isinstance(module, ResBlock):
@@ -93,10 +107,12 @@ def random_model(shape: dict, heads: int, stage: int, dtype: torch.dtype, device
     return model
 
 
-def random_rows(shape: dict, length: int, count: int) -> list[dict]:
-    """`count` conversations of random tokens, the same in every call. Every token but the first is a target."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, shape["vocab_size"], (count, length), generator=generator)
+def random_rows(shape: dict, length: int, count: int, draft: int | None = None) -> list[dict]:
+    """`count` conversations of random tokens, the same in every call. Every token but the first is a target, and one
+    that heads of a draft vocabulary can guess: each row costs them all there is to do."""
+    generator, guessed = torch.Generator().manual_seed(0), draft_tokens(shape, draft)
+    tokens = torch.randint(0, draft or shape["vocab_size"], (count, length), generator=generator)
+    tokens = tokens if guessed is None else guessed[tokens]
     return [{"input_ids": row, "labels": row} for row in tokens.tolist()]
 
 

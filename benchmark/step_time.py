@@ -107,6 +107,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama3_8b", help="shapes; tiny: to try the script itself")
     parser.add_argument("--heads", type=int, nargs="+", choices=range(1, len(TOP1) + 1), default=[5])
+    parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 1, 15, 16, 31, 32, 63, 64], help="0 is always run")
     parser.add_argument("--length", type=int, nargs="+", default=[512], help="of the prompt in the cache, in tokens")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once")
@@ -129,11 +130,12 @@ def main():
     passes = options.passes or (50 if device.type == "cuda" else 3)
     origin, speed = setting.origin(), bandwidth(device)
     torch.cuda.empty_cache()  # the 2 GiB that `bandwidth` copied
-    model = setting.random_model(MODELS[options.model], most, 1, torch.bfloat16, device)
+    shape, draft = MODELS[options.model], options.medusa_vocab_size
+    model = setting.random_model(shape, most, 1, torch.bfloat16, device, draft)
     weights = weight_bytes(model)
     failed = 0
     for length in options.length:
-        (row,) = setting.random_rows(MODELS[options.model], length, 1)
+        (row,) = setting.random_rows(shape, length, 1)
         plain = None
         for (heads, nodes), choices in trees.items():
             ms, error, read = None, "", heads_bytes(model, choices)
@@ -150,6 +152,7 @@ def main():
                 "commit": origin["commit"],
                 "model": options.model,
                 "heads": heads,
+                "medusa_vocab_size": draft or "",
                 "nodes": nodes,
                 "length": length,
                 "batch_size": options.batch_size,

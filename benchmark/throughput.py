@@ -124,7 +124,8 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         disable_tqdm=True,
         dataloader_num_workers=0 if data == "random" else 4,
     )
-    model = setting.random_model(options.shape, heads, options.stage, torch.bfloat16, device)
+    draft = options.medusa_vocab_size
+    model = setting.random_model(options.shape, heads, options.stage, torch.bfloat16, device, draft)
     setting.choose_implementation(model, implementation, device)
     if options.fp8_backbone:
         from training.fp8 import use_fp8
@@ -186,7 +187,7 @@ def differences(rows: list[dict]) -> list[str]:
 
 def random_tokens(options, length: int) -> dict:
     """name -> rows, as `conversations`, but with one entry: the same batch in each step, so that losses fall."""
-    batch = setting.random_rows(options.shape, length, options.batch_size)
+    batch = setting.random_rows(options.shape, length, options.batch_size, options.medusa_vocab_size)
     return {"random": batch * (options.warmup + options.steps)}
 
 
@@ -221,6 +222,7 @@ def main():
         nargs="+",
         help="stage 2, ours: --gradient_checkpointing_layers for each of --lengths (default: all layers; 0: none)",
     )
+    parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--fp8_backbone", action="store_true", help="stage 1: as train.py's flag")
     parser.add_argument("--data_path", help="real conversations instead of random tokens")
     parser.add_argument("--tokenizer", help="for --data_path: a Hub id or a directory")
@@ -235,6 +237,8 @@ def main():
     setting.set_sizes(options)
     if bool(options.data_path) != bool(options.tokenizer):
         parser.error("--data_path and --tokenizer go together")
+    if options.data_path and options.medusa_vocab_size:
+        parser.error("--medusa_vocab_size takes any tokens, not those of --data_path: leave one of them out")
     if options.fp8_backbone and options.stage == 2:
         parser.error("--fp8_backbone is for a frozen backbone: --stage 1")
     if options.trace and not torch.cuda.is_available():
@@ -264,6 +268,7 @@ def main():
                     if options.stage == 2:
                         what = f"{recomputed} of {layers} layers recomputed"
                     row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size, "length": length}
+                    row |= {"medusa_vocab_size": options.medusa_vocab_size or ""}
                     row |= {"data": data, "implementation": implementation, "options": what}
                     row |= figures | everywhere
                     setting.append(options.out, row)

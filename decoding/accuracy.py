@@ -16,6 +16,7 @@ from decoding.acceptance import NO_TOKEN, TOP, acceptance, right_path
 from decoding.answers import answer_all
 from medusa_model import MedusaModel
 from model.loss import cap
+from model.vocabulary import to_draft
 
 ROWS = 512  # rows whose logits exist at once: 512 x 128256 x 4 bytes = 0.26 GB
 
@@ -37,14 +38,18 @@ def ranks(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return found
 
 
-def ranks_ahead(hidden: torch.Tensor, labels: torch.Tensor, logits_of, shifts: range) -> torch.Tensor:
+def ranks_ahead(
+    hidden: torch.Tensor, labels: torch.Tensor, logits_of, shifts: range, token_map: torch.Tensor | None = None
+) -> torch.Tensor:
     """hidden `[B, T, H]`, labels `[B, T]` -> `[B, T, len(shifts)]`: for each position and shift, the rank under
-    `logits_of` of the label that many positions ahead, or NO_TOKEN."""
+    `logits_of` of the label that many positions ahead, or NO_TOKEN. Under logits of a draft vocabulary, token_map, all
+    other tokens have rank TOP."""
     targets = torch.stack([shifted_targets(labels, shift) for shift in shifts], dim=-1)
+    guessed = to_draft(targets, token_map)
     found = torch.full_like(targets, NO_TOKEN)
-    counts = (targets != IGNORE).any(-1)
-    found[counts] = ranks(logits_of, hidden[counts], targets[counts])
-    return found
+    counts = (guessed != IGNORE).any(-1)
+    found[counts] = ranks(logits_of, hidden[counts], guessed[counts])
+    return found.masked_fill((guessed == IGNORE) & (targets != IGNORE), TOP)
 
 
 def ranks_of_heads(model: MedusaModel, hidden: torch.Tensor, labels: torch.Tensor, before: bool = False):
@@ -58,7 +63,9 @@ def ranks_of_heads(model: MedusaModel, hidden: torch.Tensor, labels: torch.Tenso
         hidden, labels, lambda x: cap(model.lm_head(x), model.softcap), shifts if before else shifts[:1]
     )
     trained = [
-        ranks_ahead(hidden, labels, lambda x, head=head: head(x, softcap=model.softcap), shifts[k : k + 1])
+        ranks_ahead(
+            hidden, labels, lambda x, head=head: head(x, softcap=model.softcap), shifts[k : k + 1], model.token_map
+        )
         for k, head in enumerate(model.medusa_heads, start=1)
     ]
     found = torch.cat([copies[..., :1], *trained], dim=-1)

@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from decoding.decoder import Decoder, Sampling
+from decoding.decoder import Decoder
+from decoding.sampling import Sampling
 from medusa_model import MedusaModel
 
 

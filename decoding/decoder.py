@@ -18,13 +18,13 @@ import logging
 import time
 from collections.abc import Iterator, Set
 from itertools import count
-from typing import NamedTuple
 
 import torch
 
 from common.errors import BadInput
 from decoding.attention import TreeCache, decoding
 from decoding.products import AllHeads, Products, sharing
+from decoding.sampling import GREEDY, Sampling, choose
 from decoding.tree import Choices, Layout, check, layout
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
@@ -33,30 +33,11 @@ from model.loss import cap
 logger = logging.getLogger(__name__)
 
 
-class Sampling(NamedTuple):
-    """How the backbone chooses a token.
-
-    temperature 0: the most likely one. Otherwise it draws from softmax(logits / temperature), and a guess is accepted
-        if it is the token drawn: the text has exactly the distribution of plain sampling.
-    typical: a guess is accepted if its probability exceeds min(epsilon, delta * exp(-entropy)). The token after the
-        last accepted guess is drawn from those above that bound (paper, section 2.3.1). More guesses pass, and the
-        distribution changes. With delta < 1 some token always passes: the likeliest has at least exp(-entropy).
-    """
-
-    temperature: float = 0.0
-    typical: bool = False
-    epsilon: float = 0.09
-    delta: float = 0.3
-
-
-GREEDY = Sampling()
-
-
 class Decoder:
     """Decodes up to batch_size prompts at once with one tree.
 
     max_length: prompt plus new tokens of a row. graph: on a GPU, capture a pass as a CUDA graph. Raises BadInput for a
-    tree deeper than the heads, a rank outside the vocabulary, or a max_length beyond the backbone's context.
+    tree deeper than the heads, a rank outside the heads' vocabulary, or a max_length beyond the backbone's context.
     """
 
     def __init__(
@@ -100,10 +81,9 @@ class Decoder:
         self.active = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(batch_size, self.most + 1, dtype=torch.int64, device=device)  # count, then tokens
         self.ranks = 1 + max((rank for choice in self.choices for rank in choice), default=-1)  # guesses of each head
-        if self.ranks > config.vocab_size:
-            raise BadInput(
-                f"the tree has rank {self.ranks - 1}, but there are {config.vocab_size} tokens: leave it out"
-            )
+        guessed = config.vocab_size if model.token_map is None else len(model.token_map)
+        if self.ranks > guessed:
+            raise BadInput(f"the tree has rank {self.ranks - 1}, but heads guess {guessed} tokens: leave it out")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.use_graph = graph and device.type == "cuda"
         if self.use_graph and rope_follows_length(config):
@@ -129,7 +109,7 @@ class Decoder:
         ).last_hidden_state
         self.length.copy_(lengths)
         hidden = hidden[torch.arange(batch, device=self.device), self.length[:, 0] - 1]
-        chosen, _ = self.choose(self.logits(hidden[:, None]))
+        chosen, _ = choose(self.logits(hidden[:, None]), self.sampling)
         self.tokens[:, :1] = chosen
         self.guess(hidden)
         return chosen[:, 0].tolist()
@@ -144,20 +124,9 @@ class Decoder:
                 self.all_heads(hidden) if self.all_heads else torch.stack([head(hidden) for head in self.heads], 1)
             )
             best = logits.topk(self.ranks).indices  # [B, heads, ranks]
+            if self.model.token_map is not None:
+                best = self.model.token_map[best]
             self.tokens[:, 1:] = best[:, self.tree.depth[1:] - 1, self.tree.rank[1:]]
-
-    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logits `[B, n, V]` -> the backbone's token after each node `[B, n]`. For typical acceptance also
-        log-probabilities `[B, n, V]`, -inf for tokens that would not be accepted."""
-        if self.sampling.temperature == 0:
-            return logits.argmax(-1), None
-        logp = (logits.float() / self.sampling.temperature).log_softmax(-1)
-        if self.sampling.typical:
-            entropy = -(logp.exp() * logp).nansum(-1, keepdim=True)
-            bound = (self.sampling.delta * (-entropy).exp()).clamp(max=self.sampling.epsilon)
-            logp = logp.masked_fill(logp <= bound.log(), -torch.inf)
-        noise = -torch.empty_like(logp).exponential_().log()  # Gumbel: the argmax is a draw from softmax(logp)
-        return (logp + noise).argmax(-1), logp if self.sampling.typical else None
 
     def step(self):
         """One pass: advances `tokens` and `length`; `out` gets each row's count of new tokens, then the tokens."""
@@ -171,7 +140,7 @@ class Decoder:
             use_cache=True,
             **self.view(),
         ).last_hidden_state
-        chosen, logp = self.choose(self.logits(hidden))
+        chosen, logp = choose(self.logits(hidden), self.sampling)
         if logp is None:
             right = self.tokens == chosen[:, tree.parent]
         else:  # log-probability of each node under its parent

@@ -1,6 +1,7 @@
-"""A Medusa head (arXiv 2401.10774, section 2.1.1): n ResBlocks and the head's own projection to the vocabulary."""
+"""Medusa heads (arXiv 2401.10774, section 2.1.1): n ResBlocks and a projection of its own to the vocabulary each."""
 
-from typing import NamedTuple, cast
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,21 +33,22 @@ class Teacher(NamedTuple):
 
     kind: str  # of `model.teacher_loss`
     hidden: torch.Tensor  # `[B, T, H]`
-    weight: torch.Tensor  # `[V, H]`, of the lm_head
+    weight: torch.Tensor  # `[V, H]`, of the lm_head; with a draft vocabulary its `[V', H]` rows
     ahead: int  # k
     temperature: float = 1.0
     mix: float = 0.0
 
 
 class HeadLoss(NamedTuple):
-    """One head on one batch: summed loss (fp32 scalar), number of right top-1 guesses (int64 scalar), number of rows.
+    """One head on one batch: summed loss (fp32 scalar), number of right top-1 guesses (int64 scalar), number of rows
+    (with a draft vocabulary an int64 scalar).
 
     A tuple, so that FSDP finds the tensors in a head's output and attaches its hooks to them.
     """
 
     loss_sum: torch.Tensor
     correct: torch.Tensor
-    rows: int
+    rows: int | torch.Tensor
 
     def add_to(self, sums: torch.Tensor):
         """Adds the three to `sums` `[3]`. float64 is exact for counts; adding `rows`, a number, needs no transfer."""
@@ -93,6 +95,13 @@ class MedusaHead(nn.Sequential):
         blocks = [ResBlock(hidden_size) for _ in range(num_layers)]
         super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))
 
+    def reset_parameters(self, weight: torch.Tensor):
+        """An untrained head: its logits are those of a projection with this weight `[V, H]`."""
+        *blocks, projection = cast(Any, self)  # torch annotates its members as plain Modules
+        for block in blocks:
+            block.reset_parameters()
+        projection.weight.copy_(weight)
+
     def forward(self, hidden, targets=None, impl="torch", softcap=None, teacher: Teacher | None = None):
         """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
         *blocks, projection = self
@@ -102,3 +111,26 @@ class MedusaHead(nn.Sequential):
         if targets is not None:
             return projection_loss(hidden, targets, weight, impl, softcap, nn.Sequential(*blocks), teacher)
         return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
+
+
+class MedusaHeads(nn.ModuleList):
+    """Heads 1 to K, and the tokens that they guess: all (token_map is None), or draft_size of them
+    (model/vocabulary.py). A slice has no map."""
+
+    token_map: torch.Tensor | None
+
+    def __init__(self, heads: Iterable[nn.Module], draft_size: int | None = None):
+        super().__init__(heads)
+        # A buffer moves to a device with its module. It is not persistent, because accelerate's FSDP2 can send only
+        # parameters to the other ranks: every process puts it in, and the files have it by hand.
+        tokens = None if draft_size is None else torch.empty(draft_size, dtype=torch.int64)
+        self.register_buffer("token_map", tokens, persistent=False)
+
+    @torch.no_grad()
+    def start_from(self, weight: torch.Tensor, token_map: torch.Tensor | None, fill: bool):
+        """Puts the map in, and if `fill` makes all heads untrained ones over the lm_head's weight `[V, H]`."""
+        if self.token_map is not None and token_map is not None:
+            self.token_map.copy_(token_map)
+            weight = weight[self.token_map] if fill else weight
+        for head in self if fill else ():
+            cast(MedusaHead, head).reset_parameters(weight)

@@ -3,6 +3,10 @@
     {h}.{l}.linear.weight, {h}.{l}.linear.bias   ResBlock l of head h (h = 0 is head 1)   [H, H], [H]
     {h}.{n}.weight                               its projection, n = number of ResBlocks  [V, H]
 
+Heads of a draft vocabulary (model/vocabulary.py) have projections `[V', H]`, `medusa_vocab_size` in config.json, and
+
+    token_map                                    which tokens they guess, ascending       [V'], int64
+
 No pickle, so loading a heads file cannot run code.
 """
 
@@ -10,13 +14,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import BadInput
 from common.files import write_atomically
 
 HEADS_FILE = "medusa_lm_head.safetensors"  # the name the original Medusa and TGI look for
+TOKEN_MAP = "token_map"
 HEADS_DIR = "medusa_heads"  # where a stage 2 directory keeps its heads, next to the backbone's own files
 
 
@@ -52,6 +57,11 @@ def load_config(directory: Path) -> dict:
     for key in keys:
         if not isinstance(config.get(key), int):
             raise BadInput(f"{directory / 'config.json'} has no number {key}: it is not a config of Medusa heads")
+    draft = config.get("medusa_vocab_size")
+    if draft is not None and not (isinstance(draft, int) and 0 < draft < config["vocab_size"]):
+        raise BadInput(
+            f"{directory / 'config.json'}: medusa_vocab_size {draft} is no part of {config['vocab_size']} tokens"
+        )
     return config
 
 
@@ -63,23 +73,59 @@ def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         state_dict = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
-    heads, layers = config["medusa_num_heads"], config["medusa_num_layers"]
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    expected = {f"{h}.{layers}.weight": [vocab, hidden] for h in range(heads)}
+    heads, layers, hidden = config["medusa_num_heads"], config["medusa_num_layers"], config["hidden_size"]
+    draft = config.get("medusa_vocab_size")
+    expected = {f"{h}.{layers}.weight": [draft or config["vocab_size"], hidden] for h in range(heads)}
     for h in range(heads):
         for layer in range(layers):
             expected[f"{h}.{layer}.linear.weight"] = [hidden, hidden]
             expected[f"{h}.{layer}.linear.bias"] = [hidden]
+    if draft is not None:
+        expected[TOKEN_MAP] = [draft]
     missing, extra = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
     for problem, names in (("lacks tensor", missing), ("has an unexpected tensor", extra)):
         if names:
+            tokens = f"{config['vocab_size']} tokens" if draft is None else f"a draft vocabulary of {draft} tokens"
             raise BadInput(
                 f"{path} {problem} {min(names)} ({len(names)} such in all): it does not hold the {heads} heads of "
-                f"{layers} ResBlocks that the config.json beside it promises"
+                f"{layers} ResBlocks and {tokens} that the config.json beside it promises"
             )
     for name, tensor in state_dict.items():
         if list(tensor.shape) != expected[name]:
             raise BadInput(f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {expected[name]}")
         if not tensor.isfinite().all():
             raise BadInput(f"{path}: {name} holds NaN or infinity: take the heads of an earlier checkpoint")
+    if draft is not None:
+        check_token_map(path, state_dict[TOKEN_MAP], config)
     return config, state_dict
+
+
+def load_token_map(directory: Path) -> torch.Tensor | None:
+    """The tokens that the heads in a directory guess, int64 `[V']`, or None for all. Reads no other tensor."""
+    path, config = directory / HEADS_FILE, load_config(directory)
+    if config.get("medusa_vocab_size") is None:
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            token_map = file.get_tensor(TOKEN_MAP)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
+    check_token_map(path, token_map, config)
+    return token_map
+
+
+def check_token_map(path: Path, token_map: torch.Tensor, config: dict):
+    """Raises BadInput unless it holds V' ids of tokens, as integers, each higher than the one before."""
+    size, vocab_size = config["medusa_vocab_size"], config["vocab_size"]
+    if token_map.dtype != torch.int64 or list(token_map.shape) != [size]:
+        what = f"{token_map.dtype} {list(token_map.shape)}"
+        raise BadInput(f"{path}: {TOKEN_MAP} is {what}, but config.json needs torch.int64 [{size}]")
+    if not (token_map.diff() > 0).all():
+        raise BadInput(f"{path}: {TOKEN_MAP} does not ascend: each token must stand there once, the lowest id first")
+    if token_map[0] < 0 or token_map[-1] >= vocab_size:
+        raise BadInput(f"{path}: {TOKEN_MAP} names tokens outside of the {vocab_size} of the vocabulary")
+
+
+def under(prefix: str, state_dict: dict) -> dict:
+    """The entries whose names start with `prefix`, with the prefix removed."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}

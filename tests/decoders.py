@@ -17,9 +17,12 @@ VOCAB = 9
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0, 3]]
 
 
-def make_model(heads=3, **kwargs) -> MedusaModel:
+def make_model(heads=3, tokens=None, **kwargs) -> MedusaModel:
+    """tokens: the only ones that heads guess."""
     model = MedusaModel.from_backbone(
-        make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs), MedusaConfig(medusa_num_heads=heads)
+        make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs),
+        MedusaConfig(medusa_num_heads=heads),
+        token_map=None if tokens is None else torch.tensor(tokens),
     )
     randomise(model.medusa_heads, 0.5)
     return model.eval().to(DEVICE)
@@ -29,13 +32,13 @@ def bushy(heads, ranks=3):
     return [path for depth in range(1, heads + 1) for path in itertools.product(range(ranks), repeat=depth)]
 
 
-def random_tree(heads, nodes, seed):
+def random_tree(heads, nodes, seed, ranks=VOCAB):
     """Any valid tree of so many nodes: each hangs on one that is there."""
     rng, paths = random.Random(seed), set()
-    while len(paths) < (nodes if heads > 1 else min(nodes, VOCAB)):
+    while len(paths) < min(nodes, sum(ranks**depth for depth in range(1, heads + 1))):
         parent = rng.choice([(), *sorted(paths)])
         if len(parent) < heads:
-            paths.add((*parent, rng.randrange(VOCAB)))
+            paths.add((*parent, rng.randrange(ranks)))
     return sorted(paths, key=lambda path: (len(path), path))
 
 

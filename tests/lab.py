@@ -183,6 +183,7 @@ NO_ROWS = {
     "--eval_holdout": 0, "--eval_strategy": "no",
 }  # fmt: skip
 BEST = {"--load_best_model_at_end": True, "--greater_is_better": True}  # the highest loss, so that it is not the last
+FEW_TOKENS = {"--medusa_vocab_size": 24, "--medusa_heads_path": None}
 CASES = {
     "stage 1": STAGE_1,
     "stage 2": STAGE_2,
@@ -208,6 +209,9 @@ CASES = {
     "kl, stage 1": STAGE_1 | BEST | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},  # with evaluation
     "kl, stage 2": STAGE_2 | {"--medusa_loss": "kl"},
     "kl, tied, stage 2": STAGE_2 | {"--medusa_loss": "kl", "--model_name_or_path": "tied"},
+    "few tokens, stage 1": STAGE_1 | BEST | FEW_TOKENS,
+    "few tokens, stage 2": STAGE_2 | FEW_TOKENS | {"--medusa_loss": "kl"},
+    "few tokens, tied, stage 2": STAGE_2 | FEW_TOKENS | {"--model_name_or_path": "tied"},
 }
 NO_DIFFERENCE = dict.fromkeys(
     ("checkpointing", "some recomputed", "offload"), "stage 2"

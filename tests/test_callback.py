@@ -82,6 +82,14 @@ def test_flops_of_llama3_8b(frozen):
     assert flops.per_row == [0 if frozen else 6 * vocab * hidden, head, head]
 
 
+@pytest.mark.parametrize(("kind", "products"), [("ce", 6), ("kl", 8)])
+def test_flops_of_a_draft_vocabulary(kind, products):
+    """Head and teacher have 40 tokens, not 320; a ResBlock has no teacher."""
+    model = MedusaModel.from_backbone(make_backbone(), MedusaConfig(medusa_num_heads=2), token_map=torch.arange(40))
+    model.medusa_loss = kind
+    assert FlopCount.of(model).per_row == [6 * 320 * 32, *[products * 40 * 32 + 6 * (32 * 32 + 32)] * 2]
+
+
 def test_flops_of_a_step_by_hand():
     flops = FlopCount(per_token=10.0, per_pair=3.0, per_row=[1000.0, 100.0], backbone_passes=3)
     assert flops.step(rows=[2, 7], tokens=5, pairs=11) == 3 * (10 * 5 + 3 * 11) + 2 * 1000 + 7 * 100

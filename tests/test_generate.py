@@ -21,15 +21,17 @@ HEADS = 3
 PROMPTS = ["why is the moon cold", "how", "salt water and bread"]
 
 
-@pytest.fixture(params=["stage1", "stage2"])
+@pytest.fixture(params=["stage1", "stage2", "few_tokens"])
 def heads_dir(request, model_dir, tmp_path):
     """What train.py leaves behind."""
     model = MedusaModel.from_backbone(
-        AutoModelForCausalLM.from_pretrained(model_dir), MedusaConfig(medusa_num_heads=HEADS)
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        MedusaConfig(medusa_num_heads=HEADS),
+        token_map=torch.arange(1, 320, 4) if request.param == "few_tokens" else None,
     )
     randomise(model.medusa_heads, 0.05)
     model.backbone.generation_config.eos_token_id = make_tokenizer("llama3").eos_token_id
-    if request.param == "stage1":
+    if request.param != "stage2":
         model.freeze_backbone()
         model.backbone.save_pretrained(model_dir)
     directory = tmp_path / request.param

@@ -29,6 +29,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Start from these trained heads (a stage 1 output_dir): for stage 2, or more of stage 1."},
     )
+    medusa_vocab_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "V': heads guess only the V' tokens that are most frequent among the labels, and are that much "
+            "smaller (default: all tokens). docs/decoding.md says what is lost."
+        },
+    )
     medusa_return: bool = field(
         default=True,
         metadata={"help": "False: no heads. Fine-tunes the backbone through the same data and loss, to compare with."},

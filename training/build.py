@@ -10,17 +10,19 @@ from callback import peak_process_gib
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import empty_backbone, load_backbone, load_backbone_config
-from model.heads_file import find_heads, load_config, load_heads
+from model.heads_file import TOKEN_MAP, find_heads, load_config, load_heads
 from training.fsdp import reads_weights
 
 logger = logging.getLogger(__name__)
 
 
-def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Path | None) -> MedusaModel:
+def build_model(
+    model_args, data_args, training_args, tokenizer, checkpoint: Path | None, token_map: torch.Tensor | None = None
+) -> MedusaModel:
     """Called on every process. A process that gets its weights through FSDP only reserves memory for them.
 
-    checkpoint: the one to resume from, or None. Raises BadInput if backbone, tokenizer, heads and flags do not fit
-    together.
+    checkpoint: the one to resume from, or None. token_map: the tokens of a draft vocabulary `[V']`, or None. Raises
+    BadInput if backbone, tokenizer, heads and flags do not fit together.
     """
     frozen = torch.bfloat16 if training_args.bf16 else torch.float32
     trainable = getattr(torch, model_args.dtype)
@@ -41,6 +43,7 @@ def build_model(model_args, data_args, training_args, tokenizer, checkpoint: Pat
         ),
         dtype=trainable,
         fill=reads,
+        token_map=token_map,
     )
     if (heads_dir := trained_heads(model_args, training_args, checkpoint)) is not None:
         put_heads(model, heads_dir, reads)
@@ -101,5 +104,7 @@ def put_heads(model: MedusaModel, heads_dir: Path, reads: bool):
         if fields[key] != getattr(model.config, key):
             raise BadInput(f"the heads in {heads_dir} have {key} {fields[key]}, not {getattr(model.config, key)}")
     if reads:
-        model.medusa_heads.load_state_dict(load_heads(heads_dir)[1], strict=True)
+        state_dict = load_heads(heads_dir)[1]
+        state_dict.pop(TOKEN_MAP, None)  # `choose_tokens` of training/vocabulary.py has read it, on every process
+        model.medusa_heads.load_state_dict(state_dict, strict=True)
     logger.info("starting from the heads in %s", heads_dir)

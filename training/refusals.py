@@ -45,6 +45,18 @@ def refuse(model, data, training):
             "--medusa_heads_path goes with heads, not with --medusa_return False",
         ),
         (
+            model.medusa_vocab_size is not None and not model.medusa_return,
+            "--medusa_vocab_size is of heads, and --medusa_return False has none",
+        ),
+        (
+            model.medusa_vocab_size is not None and model.medusa_vocab_size < 1,
+            f"--medusa_vocab_size {model.medusa_vocab_size}: at least 1",
+        ),
+        (
+            model.medusa_vocab_size is not None and data.lazy_preprocess and model.medusa_heads_path is None,
+            "--medusa_vocab_size counts the labels before training, and --lazy_preprocess does not know them then",
+        ),
+        (
             model.chat_template is not None and not os.path.isfile(model.chat_template),
             f"there is no file --chat_template {model.chat_template}",
         ),

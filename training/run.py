@@ -31,6 +31,7 @@ def describe(model_args, training_args) -> dict:
         "medusa_loss": training_args.medusa_loss,
         "teacher_temperature": training_args.teacher_temperature,
         "teacher_mix": training_args.teacher_mix,
+        "medusa_vocab_size": model_args.medusa_vocab_size,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
     }
@@ -88,7 +89,8 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
-    found = {"medusa_loss": "ce", "teacher_temperature": 1.0, "teacher_mix": 0.0} | found  # older ones lack them
+    older = {"medusa_loss": "ce", "teacher_temperature": 1.0, "teacher_mix": 0.0}  # do not say what was the only way
+    found = older | {"medusa_vocab_size": None} | found  # which is only said if it is reduced
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(
@@ -122,7 +124,8 @@ def identity(model_args, training_args, checkpoint: Path | None, date: Date, tra
             f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
             "--model_max_length, --packing, --eval_holdout and chat template"
         )
-    return describe(model_args, training_args) | {"data": data, "date": date.isoformat()}
+    said = {key: value for key, value in describe(model_args, training_args).items() if value is not None}
+    return said | {"data": data, "date": date.isoformat()}
 
 
 def digest(dataset) -> str:

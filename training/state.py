@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from common.errors import BadInput, first_line
-from medusa_model import under
+from model.heads import MedusaHeads
+from model.heads_file import TOKEN_MAP, under
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: independent of groups and ranks
 
@@ -31,6 +32,9 @@ def _state(model, optimizer, weights: bool) -> dict:
     state: dict[str, Any] = {}
     if weights:
         state["model"] = get_model_state_dict(model)
+        (heads,) = (module for module in model.modules() if isinstance(module, MedusaHeads))
+        if heads.token_map is not None:  # as it is the buffer itself, loading writes into that
+            state["heads"] = {TOKEN_MAP: heads.token_map}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=FLAT)
     return state
@@ -51,6 +55,14 @@ def load_state(directory: Path, model, optimizer, weights: bool):
         set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
+
+
+def saved_token_map(directory: Path, size: int) -> torch.Tensor:
+    """The tokens `[size]` that the heads guess whose weights are saved there. Called on every process."""
+    token_map = torch.empty(size, dtype=torch.int64)
+    with reading(directory):
+        dcp.load({"heads": {TOKEN_MAP: token_map}}, checkpoint_id=directory)
+    return token_map
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from conftest import ROOT, rendezvous
 from csvs import rows_of
 
 pytestmark = pytest.mark.processes
-COLUMNS = "stage heads batch_size world_size length implementation options group peak_gib resting_gib step_time_s "
-COLUMNS += "tokens_per_s useful_tflops mfu gpu versions commit command"
+COLUMNS = "stage heads batch_size world_size length implementation medusa_vocab_size options group peak_gib "
+COLUMNS += "resting_gib step_time_s tokens_per_s useful_tflops mfu gpu versions commit command"
 SCRIPT = """
 import weakref
 import torch, fsdp_on_cpu
@@ -81,9 +81,10 @@ def test_offloading_is_for_one_head_after_the_other():
 
 
 @pytest.mark.parametrize(
-    ("stage", "fsdp", "implementation"), [(1, 2, "ours"), (2, 2, "ours"), (1, 1, "hf"), (1, 1, "ours")]
+    ("stage", "fsdp", "implementation", "draft"),
+    [(1, 2, "ours", 100), (2, 2, "ours", ""), (1, 1, "hf", 100), (1, 1, "ours", "")],
 )
-def test_a_real_group(stage, fsdp, implementation, tmp_path):
+def test_a_real_group(stage, fsdp, implementation, draft, tmp_path):
     """Two ranks, as accelerate launch starts them: both train, and one writes."""
     out = tmp_path / "real.csv"
     variables = rendezvous() | {
@@ -94,6 +95,7 @@ def test_a_real_group(stage, fsdp, implementation, tmp_path):
         "FSDP_USE_ORIG_PARAMS": "true",
     }
     flags = ("--stage", stage, "--heads", 1, "--lengths", 16, 24, "--implementations", implementation, "--out", out)
+    flags += ("--medusa_vocab_size", draft) if draft else ()
     ranks = [start(*flags, RANK=str(rank), LOCAL_RANK=str(rank), **variables) for rank in range(2)]
     try:
         printed = [rank.communicate(timeout=200) for rank in ranks]
@@ -105,6 +107,7 @@ def test_a_real_group(stage, fsdp, implementation, tmp_path):
     assert list(rows[0]) == COLUMNS.split() and [row["length"] for row in rows] == ["16", "24"]
     for row, length in zip(rows, (16, 24), strict=True):
         assert row["group"] == "real" and row["world_size"] == "2" and row["options"] == f"fsdp{fsdp}"
+        assert row["medusa_vocab_size"] == str(draft)
         tokens = 2 * int(row["batch_size"]) * length  # of both ranks
         assert float(row["tokens_per_s"]) == pytest.approx(tokens / float(row["step_time_s"]), rel=1e-3)
     losses = [float(loss) for loss in re.findall(r"'head_1_loss': '?([0-9.]+)", printed[0][0] + printed[0][1])]

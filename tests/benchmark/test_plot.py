@@ -74,6 +74,12 @@ def test_the_fastest_without_fp8_counts(seen):
     assert caption.endswith("one GPU, bf16, AdamW, gradient checkpointing\nthis project: 16 of 32 layers recomputed")
 
 
+def test_heads_of_fewer_tokens_are_not_drawn(seen):
+    rows = [row | {"medusa_vocab_size": ""} for row in throughput(2, 5, "ours", 100)]
+    rows += [row | {"medusa_vocab_size": "32000"} for row in throughput(2, 5, "ours", 200)]
+    assert seen("throughput", rows, "2", "5")[0] == [[], [], [100]]
+
+
 def test_a_picture_without_rows_is_skipped(tmp_path, monkeypatch, capsys):
     peaks = write(tmp_path / "m.csv", memory(1, 3, "ours", 8) + memory(1, 5, "ours", "OOM"))
     monkeypatch.setattr(sys, "argv", ["plot.py", "--memory", str(peaks), "--out", str(tmp_path / "out")])

@@ -38,6 +38,8 @@ def test_bars(tmp_path):
 
 def test_time_of_a_pass_over_what_it_reads(tmp_path):
     rows = [step_row(16, 7.5), step_row(0, 6), step_row(64, ""), step_row(32, 9), step_row(16, 3, 7936)]
+    fewer_tokens = step_row(32, 4) | {"medusa_vocab_size": "32000"}  # is not drawn
+    rows = [{"medusa_vocab_size": ""} | row for row in [*rows, fewer_tokens]]
     picture = plot.step_time(plot.read([write(tmp_path / "s.csv", rows)], plot.STEP_TIME))
     short, long = picture.axes
     measured, plain = short.lines

@@ -11,8 +11,8 @@ from decoding.decoder import Decoder
 from decoding.tree import read_step_times
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
-STEP_TIME = "date commit model heads nodes length batch_size step_ms plain_ms ratio_to_plain floor_ms heads_floor_ms "
-STEP_TIME += "bandwidth_tb_s weight_gb heads_gb cache_gb error gpu versions command"
+STEP_TIME = "date commit model heads medusa_vocab_size nodes length batch_size step_ms plain_ms ratio_to_plain "
+STEP_TIME += "floor_ms heads_floor_ms bandwidth_tb_s weight_gb heads_gb cache_gb error gpu versions command"
 
 
 def test_step_times(time_steps, tmp_path):
@@ -32,6 +32,14 @@ def test_step_times(time_steps, tmp_path):
         assert float(row["floor_ms"]) == pytest.approx(weights / 2e6 * 1e3, rel=1e-4)
         assert float(row["heads_floor_ms"]) == pytest.approx(heads * head / 2e6 * 1e3, rel=1e-4)
     assert read_step_times(tmp_path / "steps.csv").keys() == {0, 1, 8}
+
+
+def test_heads_of_fewer_tokens(time_steps):
+    rows = time_steps("--heads", 2, "--nodes", 8, "--length", 20, "--medusa_vocab_size", 48)
+    assert [row["medusa_vocab_size"] for row in rows] == ["48", "48"] and not any(row["error"] for row in rows)
+    assert float(rows[1]["heads_gb"]) == pytest.approx(2 * 2 * (32 * 32 + 32 + 48 * 32) / 1e9, abs=1e-6)
+    with pytest.raises(SystemExit, match="--medusa_vocab_size 320: from 1 to 319 tokens"):
+        time_steps("--medusa_vocab_size", 320)
 
 
 def test_trees_of_several_numbers_of_heads(time_steps):

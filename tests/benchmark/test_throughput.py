@@ -45,6 +45,20 @@ def test_the_three_do_the_same_work(stage, bench):
         assert losses == pytest.approx(losses[:1] * 3, rel=1e-3) and losses[0] < float(rows[length]["first_loss"])
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_heads_of_fewer_tokens(stage, bench):
+    """The three agree; every target is a token that heads guess, and useful work is counted of those."""
+    flags = ("--stage", stage, "--implementations", "hf", "ours")
+    few, all_tokens = bench(*flags, "--medusa_vocab_size", 40), bench(*flags)[4:]
+    assert [row["medusa_vocab_size"] for row in few + all_tokens] == ["40"] * 4 + [""] * 4
+    work = [[float(row["useful_tflops"]) * float(row["step_time_s"]) for row in rows] for rows in (few, all_tokens)]
+    assert all(0 <= a <= b for a, b in zip(*work, strict=True))
+    first = [float(row["first_loss"]) for row in few]
+    assert first[0] == pytest.approx(first[2], rel=1e-3) and 0 < first[0] < float(all_tokens[0]["first_loss"])
+    data = throughput.setting.random_rows(throughput.setting.TINY, 64, 3, 40)
+    assert {token for row in data for token in row["labels"]} <= set(range(0, 320, 8))
+
+
 def test_a_head_without_its_resblocks_is_noticed(bench, monkeypatch):
     def bypassed(self, hidden, targets=None, impl="torch", softcap=None, teacher=None):
         return heads.projection_loss(hidden.bfloat16(), targets, self[-1].weight, impl, softcap)
@@ -87,6 +101,7 @@ def test_real_conversations(bench, tmp_path):
     ("flags", "sentence"),
     [
         ("--stage 1 --data_path chats.jsonl", "--data_path and --tokenizer go together"),
+        ("--stage 1 --data_path a --tokenizer b --medusa_vocab_size 9", "takes any tokens, not those of --data_path"),
         ("--stage 2 --fp8_backbone", "--fp8_backbone is for a frozen backbone"),
         ("--stage 2 --recomputed_layers 1", "--recomputed_layers needs one number for each of --lengths"),
         pytest.param(

@@ -18,10 +18,10 @@ def hits(logits, targets, n):
     return (logits.topk(n).indices == targets[:, None]).any(1).sum().item()
 
 
-def make_model(heads_std=None, **kwargs):
-    """In float64, so that no two logits tie and no order of summation changes a rank."""
-    backbone = make_backbone(**kwargs).double()
-    model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=HEADS)).eval()
+def make_model(heads_std=None, tokens=None, **kwargs):
+    """In float64, so that no two logits tie and no order of summation changes a rank. tokens: what heads guess."""
+    backbone, config = make_backbone(**kwargs).double(), MedusaConfig(medusa_num_heads=HEADS)
+    model = MedusaModel.from_backbone(backbone, config, token_map=tokens).eval()
     if heads_std:
         randomise(model.medusa_heads, heads_std)
     return model
@@ -60,8 +60,9 @@ def test_untrained_heads_are_what_they_were_before():
     assert all(before[-1] > 0 for before in result["before"])  # not equal because both are nothing
 
 
-def test_equals_a_direct_computation():
-    model, batches = make_model(heads_std=0.2), make_batches()
+@pytest.mark.parametrize("tokens", [None, torch.arange(5, 320, 5)])
+def test_equals_a_direct_computation(tokens):
+    model, batches = make_model(0.2, tokens), make_batches()
     result = accuracy.reference_text(model, batches)
     for k in range(HEADS + 1):
         guesses, copies, targets = [], [], []
@@ -76,27 +77,35 @@ def test_equals_a_direct_computation():
             want = [hits(logits, targets, n) / len(targets) for n in range(1, TOP + 1)]
             assert result[name][k] == pytest.approx(want)
     assert result["top"][1:] != result["before"][1:]
+    assert tokens is None or all(top[-1] > 0 for top in result["top"])
 
 
 def ranks_by_hand(model, prompt, answer):
     """The table `own_ranks` should give for one conversation, from all logits of the whole text."""
     text = prompt + answer
     with torch.no_grad():
-        orders = model(torch.tensor([text])).logits[:, 0].argsort(descending=True).tolist()
+        logits = model(torch.tensor([text])).logits[:, 0]
+    orders = logits.argsort(descending=True).tolist()
+
+    def rank(k, at):
+        token = text[at + k]
+        return min(orders[k][at - 1].index(token), TOP) if logits[k, at - 1, token].isfinite() else TOP
+
     return [
-        [min(orders[k][at - 1].index(text[at + k]), TOP) if at + k < len(text) else NO_TOKEN for k in range(HEADS + 1)]
+        [rank(k, at) if at + k < len(text) else NO_TOKEN for k in range(HEADS + 1)]
         for at in range(len(prompt), len(text))
     ]
 
 
-@pytest.fixture
-def answered():
+@pytest.fixture(params=[None, (2, 3, 5, 8, 12)], ids=["all tokens", "some"])
+def answered(request):
     """-> a model with so few tokens that its heads are often right, 11 prompts of uneven lengths, and answers."""
     prompts, answers = (
         [torch.randint(14, (int(length),)).tolist() for length in torch.randint(low, 24, (11,))] for low in (3, 1)
     )
     prompts[4], answers[4], answers[5] = prompts[4] + [0] * 60, answers[4][:1], answers[5] + answers[6] * 3
-    return make_model(heads_std=0.2, vocab_size=14), prompts, answers
+    tokens = None if request.param is None else torch.tensor(request.param)
+    return make_model(0.2, tokens, vocab_size=14), prompts, answers
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])
@@ -105,6 +114,8 @@ def test_own_ranks_equal_those_of_one_text_after_the_other(answered, batch_size)
     wanted = [ranks_by_hand(answered[0], *pair) for pair in zip(*answered[1:], strict=True)]
     assert [table.tolist() for table in tables] == wanted
     assert {rank for table in wanted for row in table for rank in row} == {NO_TOKEN, *range(TOP + 1)}
+    guessed = {rank for table in wanted for row in table for rank in row[1:]}
+    assert answered[0].token_map is None or guessed == {NO_TOKEN, *range(5), TOP}
 
 
 def own(answered, monkeypatch, count=None):

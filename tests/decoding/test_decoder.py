@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from common.errors import BadInput
-from decoding.decoder import Decoder, Sampling
+from decoding.decoder import Decoder
 from decoding.products import AllHeads, Products, sharing
+from decoding.sampling import Sampling
 from decoding.tree import chain
 from medusa_model import MedusaConfig, MedusaModel
 
@@ -79,6 +80,33 @@ def test_stops_at_an_eos_in_the_middle_of_a_pass():
     assert places >= {0, 1}  # the first and the second of three
 
 
+def passes_of(text, tokens):
+    """Passes after the first token, if all pairs of these tokens are guessed: each yields its own token, and before
+    that up to two of them."""
+    place, passes = 1, 0
+    while place < len(text):
+        guessed = next((n for n in (0, 1) if text[place + n : place + n + 1] and text[place + n] not in tokens), 2)
+        place, passes = place + guessed + 1, passes + 1
+    return passes
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lossless_with_heads_that_guess_some_tokens(seed):
+    """All pairs of these tokens are in the tree, so that exactly they are accepted, whatever the heads prefer."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokens = sorted(rng.sample(range(VOCAB), 1 + seed % 8))
+    model = make_model(rng.randint(2, 4), tokens, tied=seed % 2 == 0)
+    prompts = [rng.choices(range(VOCAB), k=rng.randint(1, 30)) for _ in range(4)]
+    want = [greedy(model.backbone, prompt, 25) for prompt in prompts]
+    decoder = Decoder(model, bushy(2, len(tokens)), 4, 60)
+    answers, passes = decode(decoder, prompts, 25)
+    assert answers == want and passes == [passes_of(text, tokens) for text in want]
+    assert set(decoder.tokens[:, 1:].flatten().tolist()) == set(tokens)
+    tree = random_tree(len(model.medusa_heads), rng.randint(1, 12), seed, len(tokens))
+    assert decode(Decoder(model, tree, 4, 60), prompts, 25)[0] == want
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7])
 def test_max_new_tokens(max_new_tokens):
     model = make_model()
@@ -103,8 +131,10 @@ def test_stops_where_the_context_ends():
 def test_trees_that_do_not_fit():
     with pytest.raises(BadInput, match="depth 3"):
         Decoder(make_model(heads=2), chain(3), 1, 20)
-    with pytest.raises(BadInput, match=r"the tree has rank 9, but there are 9 tokens"):
+    with pytest.raises(BadInput, match=r"the tree has rank 9, but heads guess 9 tokens"):
         Decoder(make_model(heads=2), [(0,), (VOCAB,)], 1, 20)
+    with pytest.raises(BadInput, match=r"the tree has rank 2, but heads guess 2 tokens"):
+        Decoder(make_model(2, [3, 7]), [(0,), (2,)], 1, 20)
 
 
 def test_one_decoder_of_a_model_at_a_time():
@@ -172,11 +202,11 @@ def test_step_ms_is_a_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tree", [[], bushy(3)])
-def test_bf16_on_a_gpu(tree):
+@pytest.mark.parametrize(("tree", "tokens"), [([], None), (bushy(3), None), (bushy(3), [0, 2, 3, 5, 8])])
+def test_bf16_on_a_gpu(tree, tokens):
     """Several rows are products of their own there, and a graph replays them as they are; heads of another type than
     the backbone's go the slow way."""
-    model = make_model().to(torch.bfloat16)
+    model = make_model(tokens=tokens).to(torch.bfloat16)
     results = []
     for graph, dtype in ((False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float32)):
         model.medusa_heads.to(dtype)
@@ -188,9 +218,10 @@ def test_bf16_on_a_gpu(tree):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [None, [0, 2, 3, 5, 8]])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, True)])
-def test_a_captured_pass_is_the_pass(sampling):
-    model = make_model()
+def test_a_captured_pass_is_the_pass(sampling, tokens):
+    model = make_model(tokens=tokens)
     results = []
     for graph in (False, True):
         decoder = Decoder(model, bushy(3), 4, 80, sampling, graph=graph)
@@ -205,10 +236,10 @@ def test_a_captured_pass_is_the_pass(sampling):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("tree", [[], bushy(2)])
-def test_the_kernels_decode_the_same(tree, rows, monkeypatch):
+@pytest.mark.parametrize(("tree", "tokens"), [([], None), (bushy(2), None), (bushy(2), [0, 2, 3, 5, 8])])
+def test_the_kernels_decode_the_same(tree, tokens, rows, monkeypatch):
     """On a GPU all tests of this file run through them; here Triton's interpreter does."""
-    model, prompts, launches = make_model(2), PROMPTS[1 : 1 + rows], []
+    model, prompts, launches = make_model(2, tokens), PROMPTS[1 : 1 + rows], []
     want = decode(Decoder(model, tree, rows, 40), prompts, 8)
     decoder = Decoder(model, tree, rows, 40)
     assert not decoder.kernels and not decoder.products and not decoder.all_heads

@@ -6,7 +6,8 @@ import pytest
 import torch
 from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, make_model
 
-from decoding.decoder import Decoder, Sampling
+from decoding.decoder import Decoder
+from decoding.sampling import Sampling
 
 
 def test_exact_sampling_draws_from_the_backbone():

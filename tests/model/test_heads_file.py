@@ -11,7 +11,7 @@ from tiny import make_model
 
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
-from model.heads_file import HEADS_FILE, save_heads
+from model.heads_file import HEADS_FILE, load_token_map, save_heads
 
 
 @pytest.fixture
@@ -97,6 +97,81 @@ def test_a_heads_file_cut_off_is_refused(saved):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(BadInput, match=HEADS_FILE):
         MedusaModel.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_draft_vocabulary_is_in_the_heads_file(stage, tmp_path):
+    make_backbone(vocab_size=90).save_pretrained(tmp_path / "backbone")
+    backbone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
+    tokens = torch.tensor([3, 8, 21, 89])
+    model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=2), token_map=tokens)
+    randomise(model.medusa_heads)
+    if stage == 1:
+        model.freeze_backbone()
+    model.save_pretrained(tmp_path / "out")
+    heads = tmp_path / "out" if stage == 1 else tmp_path / "out" / "medusa_heads"
+    assert json.loads((heads / "config.json").read_text())["medusa_vocab_size"] == 4
+    tensors = load_file(heads / HEADS_FILE)
+    assert torch.equal(tensors["token_map"], tokens) and tensors["1.1.weight"].shape == (4, 32)
+    again = MedusaModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(again.token_map, tokens) and same_weights(again, model)
+    again.save_pretrained(tmp_path / "again", include_backbone=False)
+    assert (tmp_path / "again" / HEADS_FILE).read_bytes() == (heads / HEADS_FILE).read_bytes()
+
+
+@pytest.fixture
+def reduced(saved):
+    """`saved`, with heads that guess 4 tokens."""
+    model, directory = saved
+    tokens = torch.tensor([3, 8, 21, 89])
+    model = MedusaModel.from_backbone(model.backbone, MedusaConfig(medusa_num_heads=2), token_map=tokens)
+    model.save_pretrained(directory, include_backbone=False)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("token_map"), "lacks tensor token_map .* a draft vocabulary of 4 tokens"),
+        (lambda t: t.update({"token_map": torch.tensor([3, 8, 21])}), r"token_map has shape \[3\].*says \[4\]"),
+        (lambda t: t.update({"token_map": torch.tensor([3, 8, 21, 89]).int()}), "token_map is torch.int32"),
+        (lambda t: t.update({"token_map": torch.tensor([3, 8, 8, 89])}), "token_map does not ascend"),
+        (lambda t: t.update({"token_map": torch.tensor([3, 8, 21, 90])}), "tokens outside of the 90"),
+        (lambda t: t.update({"token_map": torch.tensor([-1, 8, 21, 89])}), "tokens outside of the 90"),
+        (lambda t: t.update({"0.1.weight": torch.zeros(90, 32)}), r"shape \[90, 32\].*says \[4, 32\]"),
+    ],
+)
+def test_a_wrong_draft_vocabulary_is_refused(reduced, change, message):
+    spoil(reduced, change)
+    with pytest.raises(BadInput, match=message):
+        MedusaModel.from_pretrained(reduced)
+
+
+def test_the_tokens_alone_are_read_and_checked(reduced, saved):
+    assert load_token_map(reduced).tolist() == [3, 8, 21, 89]
+    for tokens, message in (([3, 8, 21], r"token_map is torch.int64 \[3\], but"), ([9, 8, 21, 89], "does not ascend")):
+        spoil(reduced, lambda t, tokens=tokens: t.update({"token_map": torch.tensor(tokens)}))
+        with pytest.raises(BadInput, match=message):
+            load_token_map(reduced)
+    spoil(reduced, lambda t: t.pop("token_map"))
+    with pytest.raises(BadInput, match=r"cannot read .*token_map"):
+        load_token_map(reduced)
+    saved[0].save_pretrained(reduced, include_backbone=False)
+    assert load_token_map(reduced) is None
+
+
+def test_tokens_that_the_config_does_not_name(saved):
+    spoil(saved[1], lambda t: t.update({"token_map": torch.arange(4)}))
+    with pytest.raises(BadInput, match=r"has an unexpected tensor token_map .* 90 tokens"):
+        MedusaModel.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("size", [0, 90, "many"])
+def test_a_draft_vocabulary_is_a_part_of_the_whole(reduced, size):
+    config = json.loads((reduced / "config.json").read_text())
+    (reduced / "config.json").write_text(json.dumps(config | {"medusa_vocab_size": size}))
+    with pytest.raises(BadInput, match=f"medusa_vocab_size {size} is no part of 90 tokens"):
+        MedusaModel.from_pretrained(reduced)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"medusa_num_heads": "two"}'])

@@ -43,6 +43,9 @@ def parse_with(*flags):
         ("--fp8_backbone True --medusa_only_heads True", "--fp8_backbone .* --bf16 True"),
         ("--model_name_or_path=", "--model_name_or_path is empty"),
         ("--chat_template no.jinja", "--chat_template no.jinja"),
+        ("--medusa_return False --medusa_vocab_size 9", "--medusa_vocab_size is of heads"),
+        ("--medusa_vocab_size 0", "--medusa_vocab_size 0: at least 1"),
+        ("--medusa_vocab_size 9 --lazy_preprocess True", "--medusa_vocab_size .* --lazy_preprocess"),
     ],
 )
 def test_refused(flags, named):

@@ -7,7 +7,7 @@ from lab import CASES, CLIP, EACH, HSDP, INTERPRETED, NO_DIFFERENCE, STAGE_1, ST
 
 pytestmark = pytest.mark.processes
 FEW = ("stage 1", "stage 2", "tied, stage 1", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2")
-FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2")
+FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2", "few tokens, stage 1", "few tokens, stage 2")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,11 @@ def test_equals_one_process(kind, case, lab):
     assert min(logged(want, "grad_norm")) > CLIP  # so it was clipped
     if case.startswith("no rows"):
         assert ["head_3_loss" in entry for entry in figures(got)] == [True, True, False, True]
+    if "few tokens" in case:
+        maps = [[tensor for name, tensor in weights(out).items() if "token_map" in name] for out in (got, want)]
+        assert torch.equal(*maps[0], *maps[1]) and len(maps[0][0]) == 24
+        log = "".join(lab.never_stopped(kind, case).logs)
+        assert log.count("of the training labels") == log.count("of the evaluation labels") == 1  # not once a process
     if case.startswith("best"):
         *while_training, of_the_best = logged(got, "eval_loss")
         assert of_the_best == pytest.approx(max(while_training)) and of_the_best > while_training[-1]

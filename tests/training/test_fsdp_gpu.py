@@ -19,6 +19,8 @@ CASES = {
     "stage 1, tied": (True, "tied"),
     "stage 2, tied": (False, "tied"),
     "stage 1, bf16": (True, "untied", "--bf16", "True"),
+    "stage 1, few tokens": (True, "untied", "--medusa_vocab_size", "24"),
+    "stage 2, few tokens": (False, "untied", "--medusa_vocab_size", "24", "--medusa_loss", "kl"),
     "stage 2, bf16": (False, "untied", "--bf16", "True", "--gradient_checkpointing", "True"),
 }
 
