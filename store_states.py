@@ -46,6 +46,10 @@ from training.store_plan import all_shards, check_disk, check_plan, make_plan, m
 logger = logging.getLogger(__name__)
 
 LIKE = {flag.name: flag.metadata for flag in (*fields(ModelArguments), *fields(TrainingArguments))}  # train.py's help
+ADVICE = {
+    "if_interrupted": ": the same command goes on after the last whole file",
+    "if_out_of_memory": "Lower --batch_size.",
+}
 
 
 @dataclass
@@ -216,11 +220,7 @@ def main():
 
 if __name__ == "__main__":
     errors.end_with_launcher()
-    errors.run(
-        main,
-        if_interrupted=": the same command goes on after the last whole file",
-        if_out_of_memory="Lower --batch_size.",
-    )
+    errors.run(main, **ADVICE)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -55,15 +55,14 @@ def cut(part: str, lengths: list[int], most: int) -> list[dict]:
 def check_plan(output: Path, found: dict, plan: dict):
     """Raises BadInput if the states that stand in `output` are not those of the plan."""
     names = {
-        "model": "model (--model_name_or_path)",
-        "data": "data (--data_path, --eval_holdout or another of its flags)",
-        "chat_template": "--chat_template",
-        "shards": "size of files (an earlier version wrote them)",
+        "model": "another model (--model_name_or_path)",
+        "data": "other data (--data_path, --eval_holdout or another of its flags)",
+        "shards": "files of another size, as another version writes them",
     }
     for key, value in plan.items():
-        if found.get(key) != value and key != "model_name_or_path":  # it may have moved
-            what = names.get(key, f"--{key}")
-            raise BadInput(f"{output} has states of another {what}: use the same, or another --output")
+        if found.get(key) != value and key != "model_name_or_path":  # a model may have moved
+            what = names.get(key, f"another --{key}")
+            raise BadInput(f"{output} was begun with {what}: use the same, or another --output")
 
 
 def all_shards(plan: dict) -> list[dict]:

@@ -7,14 +7,14 @@ from lab import CASES, CLIP, EACH, HSDP, INTERPRETED, NO_DIFFERENCE, STAGE_1, ST
 
 pytestmark = pytest.mark.processes
 FEW = ("stage 1", "stage 2", "tied, stage 1", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2")
-FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2")
+FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2", "states", "states, kl", "states, kl, tied")
 
 
 @pytest.mark.parametrize(
     ("kind", "case"),
     [("FSDP2", case) for case in CASES]
     + [(kind, case) for kind in ("FSDP1", "DDP") for case in FEW]
-    + [(HSDP, "stage 1"), (HSDP, "accumulation, stage 2"), (HSDP, "tied, stage 2")]
+    + [(HSDP, "stage 1"), (HSDP, "states"), (HSDP, "accumulation, stage 2"), (HSDP, "tied, stage 2")]
     + [("one process", case) for case in NO_DIFFERENCE],
 )
 def test_equals_one_process(kind, case, lab):
@@ -27,6 +27,14 @@ def test_equals_one_process(kind, case, lab):
     if case.startswith("best"):
         *while_training, of_the_best = logged(got, "eval_loss")
         assert of_the_best == pytest.approx(max(while_training)) and of_the_best > while_training[-1]
+
+
+@pytest.mark.parametrize(
+    ("stored", "online"),
+    [("states", "stage 1"), ("states, accumulation", "accumulation, stage 1"), ("states, kl", "kl, stage 1")],
+)
+def test_from_stored_states_as_online(stored, online, lab):
+    assert_close(lab.never_stopped("FSDP2", stored).out, lab.never_stopped("one process", online).out)
 
 
 @pytest.mark.parametrize("kind", ["FSDP2", "FSDP1", "DDP"])
