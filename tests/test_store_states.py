@@ -29,7 +29,7 @@ def contents(states) -> dict[str, bytes]:
     return {path.relative_to(states).as_posix(): path.read_bytes() for path in states.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("part", ["train", "eval"])
 def test_states_are_those_of_each_row_alone(part, dtype, tolerance, store, model_dir, monkeypatch):
     monkeypatch.setattr(SMALL, 20_000)

@@ -17,17 +17,19 @@ from training.trainer import MedusaTrainer
 @pytest.mark.parametrize("loss", ["ce", "kl", "lk"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_are_those_of_a_run_that_computes_the_states(dtype, loss, train, store):
-    """Bit for bit, on a CPU: six steps, with evaluation between them."""
+    """Six steps, with evaluation between them: bit for bit on a CPU. A GPU's products depend on the batch's shape."""
     states = store("--dtype", dtype, *HELD_OUT)
     how = ("--bf16", dtype == "bfloat16", "--medusa_loss", loss, "--eval_strategy", "steps", "--eval_steps", 2)
     online, stored = train(*ONLINE, *how, *HELD_OUT, output="online"), train(*offline(states), *how, output="stored")
-    assert_same(weights(stored), weights(online))
+    exact = not torch.cuda.is_available()
+    assert_same(weights(stored), weights(online), **{} if exact else {"rtol": 0, "atol": 2e-2})
     for key in ("loss", "grad_norm", "head_2_loss", "head_2_top1", "eval_head_0_loss", "eval_head_2_top1"):
-        assert logged(stored, key) == logged(online, key) and len(logged(stored, key)) >= 4
+        got, want = logged(stored, key), logged(online, key)
+        assert got == (want if exact else pytest.approx(want, rel=5e-2, abs=2e-2)) and len(got) >= 4
     names = {path.name for path in online.iterdir()}
     assert {path.name for path in stored.iterdir()} == names
     for name in names - {"trainer_state.json", "train_command.txt"}:
-        if (online / name).is_file():
+        if exact and (online / name).is_file():
             assert (stored / name).read_bytes() == (online / name).read_bytes(), name
 
 
