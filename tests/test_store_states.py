@@ -80,9 +80,7 @@ def test_the_need_is_said_before_anything_is_computed(store, caplog, monkeypatch
     monkeypatch.setattr(store_states, "load", lambda *args: loads.append(1))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 10_000))
-    with pytest.raises(
-        BadInput, match=r"0\.000\d+ GB of it are not yet written, and the disk of .*states has 1e-05 GB"
-    ):
+    with pytest.raises(BadInput, match=r"0\.000\d+ GB are still to be written, and the disk of .*states has 1e-05 GB"):
         store(*HELD_OUT)
     assert "tokens x 32 x 2 bytes = 0.000" in caplog.text and "files; 0 of them are there" in caplog.text
     assert not loads and not (tmp_path / "states").exists()

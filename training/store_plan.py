@@ -90,6 +90,6 @@ def check_disk(output: Path, plan: dict, left: list[str]):
     logger.info("hidden states: %s in %d files; %d of them are there", what, len(shards), len(shards) - len(left))
     if needed > free:
         raise BadInput(
-            f"the hidden states take {what}; {needed / 1e9:,.4g} GB of it are not yet written, and the disk of "
-            f"{output} has {free / 1e9:,.4g} GB free: name another --output, or take fewer or shorter conversations"
+            f"the hidden states take {what} and 8 bytes a token more; {needed / 1e9:,.4g} GB are still to be written, "
+            f"and the disk of {output} has {free / 1e9:,.4g} GB free: name another --output, or take fewer conversations"
         )
