@@ -142,8 +142,11 @@ class MedusaModel(PreTrainedModel):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None) -> torch.Tensor:
-        """`[B, T]` -> `[B, T, H]`, the input of all heads: the decoder's output after its last norm."""
+    def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None, hidden=None) -> torch.Tensor:
+        """`[B, T]` -> `[B, T, H]`, the input of all heads: the decoder's output after its last norm. hidden: the same,
+        if it is stored (store_states.py). It still comes through here, where FSDP2 sees a step begin."""
+        if hidden is not None:
+            return hidden
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             return self.backbone.get_decoder()(
                 input_ids=input_ids,
@@ -184,6 +187,7 @@ class MedusaModel(PreTrainedModel):
         head_weights: list[float] | None = None,
         rows: torch.Tensor | None = None,
         output_hidden: bool = False,
+        hidden: torch.Tensor | None = None,
     ) -> MedusaOutput:
         """Runs all heads forward; the caller runs one backward. training/trainer.py does one head after the other
         instead where it can, to save memory. input_ids, attention_mask, position_ids and labels are `[B, T]`.
@@ -195,7 +199,7 @@ class MedusaModel(PreTrainedModel):
         """
         # Calls the class's method: under FSDP2 the instance's own gathers the root unit's weights first
         # (training/fsdp.py), and here they are gathered already.
-        hidden = MedusaModel.last_hidden_state(self, input_ids, attention_mask, position_ids)
+        hidden = MedusaModel.last_hidden_state(self, input_ids, attention_mask, position_ids, hidden)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
         if labels is None:

@@ -31,8 +31,9 @@ def pack(rows: dict, max_length: int) -> dict:
 
 
 class Collator:
-    """Rows -> `input_ids`, `labels`, `attention_mask` `[B, T]`, and `position_ids` if the rows are packed. Pads on the
-    right to `pad_to`, or to the longest row, rounded up to a multiple of 8 for the matrix units.
+    """Rows -> `input_ids`, `labels`, `attention_mask` `[B, T]`, `position_ids` if the rows are packed, and `hidden`
+    `[B, T, H]` if they have stored states. Pads on the right to `pad_to`, or to the longest row, rounded up to a
+    multiple of 8 for the matrix units.
 
     Padding is known by length, never by token id: where pad = EOS, a real end of turn stays a label. The mask only
     serves to count tokens. With padding on the right causal attention needs none, and is faster without.
@@ -56,6 +57,10 @@ class Collator:
             batch["attention_mask"][i, :length] = 1
             for key in fill.keys() & row.keys():
                 batch[key][i, :length] = torch.tensor(row[key])
+        if "hidden" in rows[0]:
+            batch["hidden"] = rows[0]["hidden"].new_zeros(len(rows), longest, rows[0]["hidden"].shape[-1])
+            for states, row in zip(batch["hidden"], rows, strict=True):
+                states[: len(row["hidden"])] = row["hidden"]
         return batch
 
 

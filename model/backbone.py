@@ -1,5 +1,6 @@
 """Loading a backbone: errors of one sentence, models that cannot have Medusa heads, and copies without weights."""
 
+import copy
 import os
 
 import torch
@@ -7,6 +8,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from common.errors import ACCESS, BadInput, first_line
 
@@ -19,6 +21,31 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
 def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained`, with the same errors."""
     return _load(AutoConfig, name_or_path, **kwargs)
+
+
+def without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the same backbone without its layers: embeddings, last norm and lm_head are left. That is all that
+    training from stored hidden states needs."""
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config()
+    text_config.num_hidden_layers = 0
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = []
+    return config
+
+
+def load_without_layers(name_or_path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+    """The backbone without its layers, whose weights are not read. config: the whole backbone's."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it would list the weights of all layers as unexpected
+    try:
+        how = {"config": without_layers(config), "output_loading_info": True} | kwargs
+        backbone, report = _load(AutoModelForCausalLM, name_or_path, **how)
+    finally:
+        logging.set_verbosity(level)
+    if missing := report["missing_keys"]:
+        raise BadInput(f"cannot load the backbone {name_or_path}: it has no tensor {min(missing)}")
+    return backbone
 
 
 def _load(auto_class, name_or_path: str, **kwargs):

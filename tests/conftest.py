@@ -188,9 +188,32 @@ def train(monkeypatch, model_dir, data_file, tmp_path):
             "--logging_steps": 1,
             "--learning_rate": 1e-2,
         } | dict(zip(flags[::2], flags[1::2], strict=True))
-        monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in argv.items() for word in pair)])
+        words = [str(word) for pair in argv.items() if pair[1] is not None for word in pair]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
         script.main()
         return Path(argv["--output_dir"])
+
+    return run
+
+
+@pytest.fixture
+def store(monkeypatch, model_dir, data_file, tmp_path):
+    """Runs store_states.py in this process, with the conversations that `train` has: -> the directory of states."""
+    import store_states as script
+
+    def run(*flags, output="states") -> Path:
+        argv = {
+            "--model_name_or_path": model_dir,
+            "--data_path": data_file,
+            "--output": tmp_path / output,
+            "--cache_dir": tmp_path / "cache",
+            "--medusa_num_heads": 2,
+            "--model_max_length": 64,
+        } | dict(zip(flags[::2], flags[1::2], strict=True))
+        words = [str(word) for pair in argv.items() if pair[1] is not None for word in pair]
+        monkeypatch.setattr(sys, "argv", ["store_states.py", *words])
+        script.main()
+        return Path(argv["--output"])
 
     return run
 

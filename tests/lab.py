@@ -25,6 +25,7 @@ from conftest import (
 )
 from transformers import set_seed
 
+import store_states
 from medusa_model import MedusaConfig, MedusaModel
 
 HSDP = "FSDP2, 2 copies of 2 shards"  # what configs/fsdp2_multi_node.yaml makes of two nodes of two
@@ -65,6 +66,20 @@ class Lab:
         write_jsonl(root / "chats.jsonl", make_conversations(43))
         write_jsonl(root / "other.jsonl", make_conversations(43, seed=1))
         write_no_rows(root)
+        for model in ("model", "tied"):
+            flags = {"--model_name_or_path": root / model, "--output": root / f"{model}-states"}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("sys.argv", ["store_states.py", *self.store_argv("", None, flags)])
+                store_states.main()
+
+    def store_argv(self, kind, out, flags: dict) -> list[str]:
+        """Of store_states.py; flags has its --output."""
+        all_flags = {
+            "--model_name_or_path": self.root / "model", "--data_path": self.root / "chats.jsonl",
+            "--cache_dir": self.root / "cache", "--eval_holdout": 5, "--model_max_length": 64,
+            "--medusa_num_heads": 2, "--dtype": "float32",
+        } | flags  # fmt: skip
+        return [str(word) for pair in all_flags.items() for word in pair]
 
     def argv(self, kind: str, out: Path, flags: dict) -> list[str]:
         each = 8 // KINDS[kind][0] if "--gradient_accumulation_steps" not in flags else 4 // KINDS[kind][0]
@@ -76,16 +91,17 @@ class Lab:
             "--learning_rate": 1e-2, "--medusa_lr_multiplier": 0.5, "--weight_decay": 0.1, "--max_grad_norm": CLIP,
             "--medusa_scheduler": "linear", "--adam_epsilon": 1e-4, "--cache_dir": "cache",
         } | flags  # fmt: skip
-        for name in ("--model_name_or_path", "--data_path", "--medusa_heads_path", "--cache_dir", "--chat_template"):
+        paths = ("--model_name_or_path", "--data_path", "--medusa_heads_path", "--cache_dir", "--chat_template")
+        for name in (*paths, "--states_path"):
             if all_flags.get(name) is not None:
                 all_flags[name] = self.root / all_flags[name]
         return [str(word) for pair in all_flags.items() if pair[1] is not None for word in pair]
 
     def launch(
-        self, kind, flags, out=None, at=None, on=0, environment=NONE, rank_1=NONE, timeout=TIMEOUT, **kwargs
+        self, kind, flags, out=None, at=None, on=0, environment=NONE, rank_1=NONE, timeout=TIMEOUT, argv=None, **kwargs
     ) -> Run:
         """at, on: what befalls rank `on` (worker.py). rank_1: flags of that rank alone. timeout: seconds, after which
-        the test fails."""
+        the test fails. argv: makes the command line (default: train.py's)."""
         self.count += 1
         out = out or self.root / f"run-{self.count}"
         world, fsdp = KINDS[kind]
@@ -95,8 +111,8 @@ class Lab:
             log.touch()  # it is read even if the process is killed before it begins
             variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
             variables |= READS.get(kind, {}) | environment
-            argv = self.argv(kind, out, flags | (rank_1 if rank == 1 else {}))
-            args = (argv, log, variables, fsdp, at if rank == on else None)
+            words = (argv or self.argv)(kind, out, flags | (rank_1 if rank == 1 else {}))
+            args = (words, log, variables, fsdp, at if rank == on else None)
             processes.append(FORK.Process(target=worker.run, args=args, kwargs=kwargs))
             processes[-1].start()
         if late := wait(processes, timeout):
@@ -182,6 +198,8 @@ NO_ROWS = {
     "--model_max_length": 12, "--medusa_num_heads": 3, "--medusa_heads_path": None, "--max_steps": 4,
     "--eval_holdout": 0, "--eval_strategy": "no",
 }  # fmt: skip
+STATES = {"--states_path": "model-states", "--data_path": None, "--eval_holdout": None}
+TIED_STATES = STATES | {"--model_name_or_path": "tied", "--states_path": "tied-states"}
 BEST = {"--load_best_model_at_end": True, "--greater_is_better": True}  # the highest loss, so that it is not the last
 FEW_TOKENS = {"--medusa_vocab_size": 24, "--medusa_heads_path": None}
 CASES = {
@@ -208,6 +226,10 @@ CASES = {
     "best, stage 2": STAGE_2 | BEST,
     "kl, stage 1": STAGE_1 | BEST | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},  # with evaluation
     "kl, stage 2": STAGE_2 | {"--medusa_loss": "kl"},
+    "states": STAGE_1 | STATES,
+    "states, accumulation": STAGE_1 | STATES | {"--gradient_accumulation_steps": 2},
+    "states, kl": STAGE_1 | STATES | BEST | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
+    "states, kl, tied": STAGE_1 | TIED_STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
     "kl, tied, stage 2": STAGE_2 | {"--medusa_loss": "kl", "--model_name_or_path": "tied"},
     "few tokens, stage 1": STAGE_1 | BEST | FEW_TOKENS,
     "few tokens, stage 2": STAGE_2 | FEW_TOKENS | {"--medusa_loss": "kl"},

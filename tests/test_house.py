@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 FOLDERS = ("common", "conversations", "model", "training", "decoding", "benchmark")
-ENTRY_POINTS = {"train", "evaluate", "generate", "distill", "medusa_tree"}
+ENTRY_POINTS = {"train", "evaluate", "generate", "distill", "store_states", "medusa_tree"}
 # What a folder, or a module of the top level, may import beside itself. Whatever is not here may import all but an
 # entry point: entry points themselves and benchmarks.
 MAY_IMPORT = {

@@ -1,4 +1,4 @@
-"""One of the processes that run train.py for tests/test_distributed.py, forked from one that has imported it all."""
+"""One of the processes that run train.py or store_states.py for tests, forked from one that has imported it all."""
 
 import gc
 import os
@@ -12,20 +12,22 @@ from fsdp_on_cpu import allow_fsdp_on_cpu
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+import store_states
 import train
 from common import errors
-from training import build
+from training import build, store_plan
 from training.trainer import MedusaTrainer
 
 get_checkpoint_conversion_mapping("llama")  # transformers makes its table of all models when it is first asked
 gc.freeze()  # or each process would go through all that was imported when the Trainer collects garbage
 
 
-def run(flags, log, environment, fsdp=0, at=None, gradients=None):
+def run(flags, log, environment, fsdp=0, at=None, gradients=None, shard_bytes=None):
     """train.py with torchrun's variables in `environment`; FSDP 1 or 2 as on a GPU, or 0: DDP.
 
     at: {"call": "module.name", "nth": n, and one of "signal": number, "file_size": bytes}: what befalls the process
         when it makes its n-th call of a function. gradients: a file name; ".<step>" is added.
+    shard_bytes: runs store_states.py instead, with files of that size.
     """
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -41,10 +43,13 @@ def run(flags, log, environment, fsdp=0, at=None, gradients=None):
         strike(**at)
     if gradients:
         save_gradients(gradients)
+    script = train
+    if shard_bytes:
+        script, store_plan.SHARD_BYTES = store_states, shard_bytes
     load = build.load_backbone
     build.load_backbone = lambda *args, **kwargs: print("reads the backbone", flush=True) or load(*args, **kwargs)
-    sys.argv = ["train.py", *flags]
-    errors.run(train.main, **train.ADVICE)
+    sys.argv = [f"{script.__name__}.py", *flags]
+    errors.run(script.main, **script.ADVICE)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -3,7 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -74,12 +74,15 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class ConversationArguments:
+    """Which conversations, and how long. store_states.py has these flags too."""
+
     data_path: list[str] = field(
+        default_factory=list,
         metadata={
             "help": "Conversations: files (.json, .jsonl, both also .gz, .parquet, .csv), directories, patterns such "
             "as 'chats/*.jsonl', or a Hub dataset id. docs/data.md has what their records may look like."
-        }
+        },
     )
     eval_data_path: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     dataset_config: str | None = field(default=None, metadata={"help": "Of a Hub dataset that has several."})
@@ -94,7 +97,27 @@ class DataArguments:
         default=0,
         metadata={"help": "Without --eval_data_path: hold out the last N conversations (a share if below 1)."},
     )
-    model_max_length: int = field(default=2048, metadata={"help": "Longer conversations are cut to this many tokens."})
+    model_max_length: int = computed("Longer conversations are cut to this many tokens. Default: 2048.")
+
+    def __post_init__(self):
+        if self.model_max_length is None:
+            self.model_max_length = 2048
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return self.eval_data_path is not None or self.eval_split is not None or self.eval_holdout != 0
+
+
+@dataclass
+class DataArguments(ConversationArguments):
+    states_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --data_path, in stage 1: hidden states that store_states.py has stored. The "
+            "backbone's layers do not run, and are not read."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={"help": "Several conversations to a row of --model_max_length tokens, kept apart by the mask."},
@@ -107,10 +130,15 @@ class DataArguments:
         metadata={"help": "Print so many rows with their labels, and what became of all records; then stop."},
     )
 
+    def __post_init__(self):
+        if self.states_path is None:  # or the states say how long rows are
+            super().__post_init__()
+
     @property
     def evaluates(self) -> bool:
-        """Whether there is something to evaluate on."""
-        return self.eval_data_path is not None or self.eval_split is not None or self.eval_holdout != 0
+        if self.states_path is not None:
+            return os.path.isdir(os.path.join(self.states_path, "eval"))
+        return super().evaluates
 
 
 @dataclass
@@ -228,16 +256,19 @@ class Parser(transformers.HfArgumentParser):
         raise BadInput(message)  # argparse would print the usage of all flags first
 
 
+def read_flags(argv: list[str], *classes) -> tuple:
+    """The flags, as instances of the dataclasses. Raises BadInput for an unknown or renamed one or a wrong value."""
+    refuse_renamed(argv)
+    try:
+        return Parser(cast(Any, classes)).parse_args_into_dataclasses(argv)  # annotated as several of one class
+    except ValueError as error:  # an unknown flag, or a value that transformers refuses
+        raise BadInput(str(error)) from error
+
+
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises BadInput, before anything loads, for an unknown or renamed flag, an invalid value, and combinations that
     cannot work."""
-    refuse_renamed(argv)
-    classes: Any = (ModelArguments, DataArguments, TrainingArguments)  # annotated as several of one class
-    parser = Parser(classes)
-    try:
-        model, data, training = parser.parse_args_into_dataclasses(argv)
-    except ValueError as error:  # an unknown flag, or a value that transformers refuses
-        raise BadInput(str(error)) from error
+    model, data, training = read_flags(argv, ModelArguments, DataArguments, TrainingArguments)
     refuse(model, data, training)
     parse_kwargs(model.chat_template_kwargs)
     if training.medusa_only_heads:  # a frozen backbone keeps no activations, so there is nothing to recompute

@@ -9,9 +9,10 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from callback import peak_process_gib
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
-from model.backbone import empty_backbone, load_backbone, load_backbone_config
+from model.backbone import empty_backbone, load_backbone, load_backbone_config, load_without_layers, without_layers
 from model.heads_file import TOKEN_MAP, find_heads, load_config, load_heads
 from training.fsdp import reads_weights
+from training.states import check_model, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,16 @@ def build_model(
     config = load_backbone_config(model_args.model_name_or_path, **where)
     reads = reads_weights(config, training_args)
     dtype = frozen if training_args.medusa_only_heads else trainable
-    if reads:
-        backbone = load_backbone(model_args.model_name_or_path, dtype=dtype, **where)
-    else:
+    stored = data_args.states_path is not None
+    if not reads:
+        config = without_layers(config) if stored else config
         backbone = empty_backbone(config, dtype, model_args.trust_remote_code)
+    elif stored:
+        backbone = load_without_layers(model_args.model_name_or_path, config, dtype=dtype, **where)
+    else:
+        backbone = load_backbone(model_args.model_name_or_path, dtype=dtype, **where)
+    if stored:
+        check_model(data_args.states_path, model_args.model_name_or_path, fingerprint(backbone) if reads else None)
     check_sizes(backbone, model_args, data_args, tokenizer)
     model = MedusaModel.from_backbone(
         backbone,
@@ -85,7 +92,7 @@ def check_sizes(backbone, model_args, data_args, tokenizer):
             f"{vocab_size}: it is another model's tokenizer"
         )
     positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and data_args.model_max_length > positions:
+    if positions is not None and (data_args.model_max_length or 0) > positions:
         raise BadInput(f"--model_max_length {data_args.model_max_length}: the backbone knows {positions} positions")
 
 

@@ -2,19 +2,23 @@
 
 import logging
 
+import torch
 from datasets import Dataset
 
 from conversations.rows import prepare
 from conversations.sources import is_local, load_conversations, split_conversations
 from conversations.summary import Summary
 from conversations.template import ChatTemplate
+from training.states import load_states
 
 logger = logging.getLogger(__name__)
 
 
 def load_data(model_args, data_args, training_args, chat: ChatTemplate) -> tuple[Dataset, Dataset | None]:
     """-> (rows to train on, rows to evaluate on or None), and a table of what became of the records in the log. The
-    first process tokenises; the others read its cache."""
+    first process tokenises; the others read its cache. With --states_path: the rows that are stored there."""
+    if data_args.states_path is not None:
+        return load_states(model_args, data_args, chat, torch.bfloat16 if training_args.bf16 else torch.float32)
     lengths = {"max_length": data_args.model_max_length, "min_length": model_args.num_heads + 2}
     # A person who looks at rows (--show_data) reads one conversation at a time, and all of its rows.
     ways = {"lazy": data_args.lazy_preprocess, "packing": data_args.packing} if not data_args.show_data else {}

@@ -44,6 +44,8 @@ def configure(plugin, model: MedusaModel):
 
     plugin: accelerate's FullyShardedDataParallelPlugin. Raises BadInput if heads would not be units.
     """
+    if not len(model.backbone.get_decoder().layers):  # with stored states there are none to name
+        plugin.transformer_cls_names_to_wrap = ["MedusaHead"]
     names = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules or [])
     if plugin.auto_wrap_policy is None or "transformer" not in str(plugin.auto_wrap_policy):
         raise BadInput("fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: each decoder layer and head is a unit")

@@ -31,6 +31,7 @@ def refuse(model, data, training):
     stage_1, heads = training.medusa_only_heads, model.medusa_num_heads
     recomputed = training.gradient_checkpointing_layers
     recomputes = training.gradient_checkpointing and not stage_1  # a frozen backbone keeps nothing to recompute
+    to_whom = "" if data.states_path is None else " where the states are stored (store_states.py)"
     refusals = (
         # ---- the model ----
         (not model.model_name_or_path, "--model_name_or_path is empty"),
@@ -66,7 +67,7 @@ def refuse(model, data, training):
         ),
         # ---- the data ----
         (
-            data.model_max_length < heads + 2,
+            data.model_max_length is not None and data.model_max_length < heads + 2,
             f"--model_max_length {data.model_max_length}: head {heads} looks {heads + 1} tokens ahead, so at least "
             f"{heads + 2}",
         ),
@@ -75,22 +76,15 @@ def refuse(model, data, training):
             "--lazy_preprocess and --packing exclude each other: packing must know the lengths",
         ),
         (data.show_data < 0, f"--show_data {data.show_data}: 0 or more"),
-        (
-            data.eval_split == (data.train_split or "train") and data.eval_data_path is None,
-            f"--eval_split {data.eval_split} is what is trained on: hold some of it out with --eval_holdout",
-        ),
-        (not data.eval_holdout >= 0, f"--eval_holdout {data.eval_holdout:g}: 0 or more"),
-        (
-            data.eval_holdout != 0 and (data.eval_data_path is not None or data.eval_split is not None),
-            "--eval_holdout excludes --eval_data_path and --eval_split: evaluate on one of them",
-        ),
+        *about_states(model, data, training),
+        *about_conversations(data),
         (
             training.eval_strategy != "no" and not data.evaluates,
-            "--eval_strategy asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout",
+            f"--eval_strategy asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout{to_whom}",
         ),
         (
             bool(training.do_eval) and not data.evaluates,
-            "--do_eval asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout",
+            f"--do_eval asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout{to_whom}",
         ),
         # ---- the loss ----
         (
@@ -163,6 +157,47 @@ def refuse(model, data, training):
             "--push_to_hub uploads the finished directory only: use --hub_strategy end",
         ),
     )
+    refuse_first(refusals)
+
+
+def refuse_first(refusals):
+    """Raises BadInput with the first sentence of (applies, sentence) that applies."""
     for applies, sentence in refusals:
         if applies:
             raise BadInput(sentence)
+
+
+def about_conversations(data) -> tuple:
+    """Refusals that train.py and store_states.py share."""
+    return (
+        (not data.data_path and data.states_path is None, "--data_path is missing: the conversations"),
+        (
+            data.eval_split == (data.train_split or "train") and data.eval_data_path is None,
+            f"--eval_split {data.eval_split} is what is trained on: hold some of it out with --eval_holdout",
+        ),
+        (not data.eval_holdout >= 0, f"--eval_holdout {data.eval_holdout:g}: 0 or more"),
+        (
+            data.eval_holdout != 0 and (data.eval_data_path is not None or data.eval_split is not None),
+            "--eval_holdout excludes --eval_data_path and --eval_split: evaluate on one of them",
+        ),
+    )
+
+
+def about_states(model, data, training) -> tuple:
+    """Refusals of --states_path: what was decided when the states were stored, and what needs the layers."""
+    if data.states_path is None:
+        return ()
+    names = ("data_path", "eval_data_path", "dataset_config", "train_split", "eval_split", "eval_holdout")
+    decided = [f"--{name}" for name in names if getattr(data, name)]
+    needs = "--medusa_only_heads True (stage 1): stage 2 trains the backbone, and its states change"
+    return (
+        (not training.medusa_only_heads, f"--states_path goes with {needs}"),
+        (
+            bool(decided),
+            f"--states_path has its conversations already, chosen when they were stored: leave out "
+            f"{' and '.join(decided)}",
+        ),
+        (training.fp8_backbone, "--fp8_backbone does nothing with --states_path: no layer of the backbone runs"),
+        (data.lazy_preprocess, "--lazy_preprocess does nothing with --states_path: the rows are tokens already"),
+        (data.packing, "--packing does nothing with --states_path: heads drop padding, and no attention runs"),
+    )

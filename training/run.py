@@ -122,15 +122,16 @@ def identity(model_args, training_args, checkpoint: Path | None, date: Date, tra
     if checkpoint is not None and read_json(checkpoint / RUN_FILE)["data"] != data:
         raise BadInput(
             f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
-            "--model_max_length, --packing, --eval_holdout and chat template"
+            "--model_max_length, --packing, --eval_holdout and chat template, or the same --states_path"
         )
     said = {key: value for key, value in describe(model_args, training_args).items() if value is not None}
     return said | {"data": data, "date": date.isoformat()}
 
 
 def digest(dataset) -> str:
-    """A hash of the data: the number of rows, all lengths if they are known, and all tokens of about 64 rows."""
-    found = hashlib.sha256(str(len(dataset)).encode())
+    """A hash of the data: the number of rows, all lengths if they are known, and all tokens of about 64 rows; of
+    stored states also their checksum."""
+    found = hashlib.sha256(f"{len(dataset)}{getattr(dataset, 'checksum', '')}".encode())
     if "length" in (getattr(dataset, "column_names", None) or []):
         found.update(str(list(dataset["length"])).encode())
     for i in range(0, len(dataset), max(1, len(dataset) // 64)):

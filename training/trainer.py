@@ -124,7 +124,8 @@ class MedusaTrainer(CheckpointingTrainer):
         if self.args.offload_activations:
             offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
         with self.accelerator.autocast(), offload:
-            hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids)
+            stored = inputs.get("hidden")  # --states_path
+            hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids, hidden=stored)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
         joint = []  # losses whose backward pass runs together with the backbone's
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):

@@ -8,13 +8,14 @@ from lab import CASES, CLIP, EACH, HSDP, INTERPRETED, NO_DIFFERENCE, STAGE_1, ST
 pytestmark = pytest.mark.processes
 FEW = ("stage 1", "stage 2", "tied, stage 1", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2")
 FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2", "few tokens, stage 1", "few tokens, stage 2")
+FEW += ("best, stage 1", "kl, stage 1", "kl, stage 2", "states", "states, kl", "states, kl, tied")
 
 
 @pytest.mark.parametrize(
     ("kind", "case"),
     [("FSDP2", case) for case in CASES]
     + [(kind, case) for kind in ("FSDP1", "DDP") for case in FEW]
-    + [(HSDP, "stage 1"), (HSDP, "accumulation, stage 2"), (HSDP, "tied, stage 2")]
+    + [(HSDP, "stage 1"), (HSDP, "states"), (HSDP, "accumulation, stage 2"), (HSDP, "tied, stage 2")]
     + [("one process", case) for case in NO_DIFFERENCE],
 )
 def test_equals_one_process(kind, case, lab):
@@ -32,6 +33,14 @@ def test_equals_one_process(kind, case, lab):
     if case.startswith("best"):
         *while_training, of_the_best = logged(got, "eval_loss")
         assert of_the_best == pytest.approx(max(while_training)) and of_the_best > while_training[-1]
+
+
+@pytest.mark.parametrize(
+    ("stored", "online"),
+    [("states", "stage 1"), ("states, accumulation", "accumulation, stage 1"), ("states, kl", "kl, stage 1")],
+)
+def test_from_stored_states_as_online(stored, online, lab):
+    assert_close(lab.never_stopped("FSDP2", stored).out, lab.never_stopped("one process", online).out)
 
 
 @pytest.mark.parametrize("kind", ["FSDP2", "FSDP1", "DDP"])
@@ -91,3 +100,24 @@ def test_an_fp8_backbone_is_sharded_like_another(lab):
     one, two = (lab.run(kind, flags, **slow) for kind in ("one process", "FSDP2"))
     assert all("fp8: 14 linear layers" in run.logs[0] for run in (one, two))
     assert_close(two.out, one.out, rel=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1"])
+def test_a_config_may_name_layers_that_stored_states_leave_out(kind, lab):
+    named = lab.run(
+        kind, CASES["states"], environment={"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,MedusaHead"}
+    )
+    assert_close(named.out, lab.never_stopped("one process", "states").out)
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "FSDP1", "DDP"])
+def test_bf16_from_stored_states(kind, lab):
+    """Here they are of an fp32 backbone: nearer to each other than to those of a bf16 one."""
+    bf16 = {"--bf16": True}
+    got, want = (lab.run(name, CASES["states, kl"] | bf16).out for name in (kind, "one process"))
+    online = lab.run("one process", CASES["kl, stage 1"] | bf16).out
+    for key in ("head_1_loss", "head_2_loss"):
+        assert logged(got, key)[0] == pytest.approx(logged(want, key)[0], rel=3e-4)
+        assert logged(got, key)[0] == pytest.approx(logged(online, key)[0], rel=1e-2)
+    assert logged(got) == pytest.approx(logged(want), rel=2e-2)
+    assert logged(got) == pytest.approx(logged(online), rel=5e-2)

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import logged, saved_state, weights
-from lab import CASES, HSDP, STAGE_1, STAGE_2, STEPS, Run, assert_close, assert_identical
+from lab import CASES, HSDP, STAGE_1, STAGE_2, STATES, STEPS, Run, assert_close, assert_identical
 
 from common.errors import BadInput
 
@@ -31,6 +31,9 @@ pytestmark = pytest.mark.processes
         ("FSDP2", "one process", "few tokens, stage 2", 3),
         ("FSDP1", "FSDP2", "few tokens, stage 2", 6),
         ("one process", "DDP", "few tokens, stage 2", 3),
+        ("FSDP2", "FSDP2", "states", 3),
+        ("FSDP1", "one process", "states", 6),
+        ("one process", "DDP", "states", 6),
         ("FSDP2", "one process", "stage 1", 3),
         ("FSDP2", "one process", "stage 2", 6),
         ("FSDP2", "one process", "tied, stage 2", 3),
@@ -129,6 +132,14 @@ def test_ranks_with_different_data(lab):
     mine = {"--eval_data_path": lab.root / "no_rows.jsonl"}
     run = lab.launch("FSDP2", STAGE_1 | other, rank_1=mine)
     assert_one_line(run, "rank 1 has another evaluation set than rank 0")
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "DDP"])
+def test_states_of_another_model(kind, lab):
+    """Under FSDP2 the second process reads no weights, and refuses all the same."""
+    run = lab.launch(kind, STAGE_1 | STATES | {"--states_path": "tied-states"})
+    assert_one_line(run, "has other embeddings, last norm or lm_head: it is not the same model")
+    assert not run.out.exists() or not list(run.out.iterdir())
 
 
 def test_nodes_that_do_not_share_the_output_directory(lab):

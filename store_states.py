@@ -1,0 +1,226 @@
+"""Runs the frozen backbone once over the conversations and stores its last hidden states, from which train.py trains
+heads without running it again (stage 1).
+
+    python store_states.py --model_name_or_path models/SmolLM2-135M-Instruct --data_path chats.jsonl \
+        --eval_holdout 500 --output states
+    python train.py --model_name_or_path models/SmolLM2-135M-Instruct --states_path states --medusa_only_heads True ...
+
+The conversations are chosen with train.py's flags. A token takes hidden_size x 2 bytes (8 KB for an 8B model) and 8
+more. Run again with the same flags, it goes on after the last whole file. Launched with several processes
+(`accelerate launch`), they take files in turn. training/states.py says what is in the files.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from datetime import date as Date
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from common import errors, provenance, terminal
+from common.errors import BadInput, first_line
+from common.files import read_json, write_atomically
+from conversations.batches import Collator
+from conversations.options import parse_kwargs
+from conversations.template import ChatTemplate
+from conversations.tokenizer import load_stops, load_tokenizer
+from medusa_model import MedusaConfig, MedusaModel
+from model.backbone import check_backbone, load_backbone, load_backbone_config, load_without_layers
+from training.arguments import ConversationArguments, DataArguments, ModelArguments, TrainingArguments, read_flags
+from training.build import check_sizes
+from training.data import load_data
+from training.refusals import about_conversations, refuse_first
+from training.states import INDEX, PARTS, PLAN, checksum, open_shard, write_json
+from training.store_plan import all_shards, check_disk, check_plan, make_plan, missing
+
+logger = logging.getLogger(__name__)
+
+LIKE = {flag.name: flag.metadata for flag in (*fields(ModelArguments), *fields(TrainingArguments))}  # train.py's help
+ADVICE = {
+    "if_interrupted": ": the same command goes on after the last whole file",
+    "if_out_of_memory": "Lower --batch_size.",
+}
+
+
+@dataclass
+class StoreArguments:
+    model_name_or_path: str = field(metadata=LIKE["model_name_or_path"])
+    output: str = field(metadata={"help": "The directory to write, or to go on with."})
+    batch_size: int = field(default=8, metadata={"help": "Rows that each process computes at once."})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Of the backbone and of the states: bfloat16 for training with --bf16 True.",
+            "choices": ["bfloat16", "float32"],
+        },
+    )
+    medusa_num_heads: int = field(
+        default=5,
+        metadata={"help": "The most heads to train from the states: rows too short for the last are left out."},
+    )
+    chat_template: str | None = field(default=None, metadata=LIKE["chat_template"])
+    chat_template_kwargs: str | None = field(default=None, metadata=LIKE["chat_template_kwargs"])
+    trust_remote_code: bool = field(default=False, metadata=LIKE["trust_remote_code"])
+    cache_dir: str | None = field(default=None, metadata=LIKE["cache_dir"])
+
+    @property
+    def num_heads(self) -> int:
+        return self.medusa_num_heads
+
+    def main_process_first(self, desc: str):
+        return PartialState().main_process_first()
+
+
+def parse(argv: list[str]) -> tuple[StoreArguments, DataArguments]:
+    """Raises BadInput before anything loads."""
+    store, conversations = read_flags(argv, StoreArguments, ConversationArguments)
+    data, heads = DataArguments(**vars(conversations)), store.medusa_num_heads
+    refuse_first(
+        (
+            (store.batch_size < 1 or heads < 1, "--batch_size and --medusa_num_heads must be 1 or more"),
+            (data.model_max_length < heads + 2, f"--model_max_length {data.model_max_length}: at least {heads + 2}"),
+            *about_conversations(data),
+        )
+    )
+    parse_kwargs(store.chat_template_kwargs)
+    TrainingArguments.check_gpus()
+    return store, data
+
+
+def load(store, where: dict, device: torch.device) -> MedusaModel:
+    """The whole backbone, as train.py has it in stage 1."""
+    backbone = load_backbone(store.model_name_or_path, dtype=getattr(torch, store.dtype), **where)
+    model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=0))
+    model.freeze_backbone()
+    if device.type == "cuda":
+        model.use_liger_in_backbone()
+    return model.to(device)  # type: ignore[arg-type]  # transformers annotates `to` without its self
+
+
+def compute(model: MedusaModel, rows: list[dict], collate: Collator, batch_size: int, bar: tqdm) -> dict:
+    """The tensors of a shard. Rows of similar length are computed together, the longest first: if memory runs out, it
+    does at once."""
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    lengths = [len(row["input_ids"]) for row in rows]
+    starts = [0, *itertools.accumulate(lengths)]
+    hidden = torch.empty(starts[-1], model.lm_head.weight.shape[1], dtype=dtype)
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    for at in range(0, len(order), batch_size):
+        members = order[at : at + batch_size]
+        ids = collate([rows[i] for i in members])["input_ids"].to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            states = model.last_hidden_state(ids).cpu()  # autocast, as in training: the same sums
+        for i, found in zip(members, states, strict=True):
+            hidden[starts[i] : starts[i + 1]] = found[: lengths[i]]
+        bar.update(sum(lengths[i] for i in members))
+    columns = {key: torch.cat([torch.tensor(row[key]) for row in rows]) for key in ("input_ids", "labels")}
+    columns["lengths"] = torch.tensor(lengths)
+    return {"hidden": hidden} | {key: column.to(torch.int32) for key, column in columns.items()}
+
+
+def write(path: Path, tensors: dict):
+    try:
+        write_atomically(path, partial(save_file, tensors, metadata={"format": "pt"}))
+    except (OSError, SafetensorError) as error:
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        raise BadInput(
+            f"could not write {path}: {first_line(error)}. Files before it are whole: the same command goes on"
+        ) from error
+
+
+def store_all(model: MedusaModel, output: Path, mine: list[tuple], collate: Collator, batch_size: int):
+    """Writes shards: pairs of a shard and its rows. One is written while the next is computed."""
+    silent = None if PartialState().is_main_process else True  # None: on a terminal only
+    total, written = sum(shard["tokens"] for shard, _ in mine), Future[None]()
+    written.set_result(None)
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, unit="token", unit_scale=True, disable=silent) as bar:
+        for number, (shard, rows) in enumerate(mine, 1):
+            tensors = compute(model, list(rows), collate, batch_size, bar)
+            written.result()
+            written = pool.submit(write, output / shard["file"], tensors)
+            logger.info("%s: %d of %d files", shard["file"], number, len(mine))
+        written.result()
+
+
+def with_rows(plan: dict, rows: dict) -> Iterator[tuple]:
+    """The shards, each with its rows, which are read when they are asked for."""
+    for part, shards in plan["shards"].items():
+        ends = itertools.accumulate((shard["rows"] for shard in shards), initial=0)
+        for shard, start in zip(shards, ends, strict=False):
+            yield shard, map(rows[part].__getitem__, range(start, start + shard["rows"]))
+
+
+def begin(output: Path, plan: dict, left: list[str]):
+    """Writes the plan; deletes what is damaged, so that it is made anew even if this run is killed too."""
+    for file in left:
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        (output / file).unlink(missing_ok=True)
+    (output / INDEX).unlink(missing_ok=True)
+    write_json(output / PLAN, plan)
+
+
+def finish(output: Path, plan: dict):
+    """Writes the index, with the checksum of every shard."""
+    for shard in all_shards(plan):
+        shard["checksum"] = checksum(open_shard(output / shard["file"], shard, plan))
+    write_json(output / INDEX, plan | {"versions": provenance.versions()})
+
+
+def main():
+    terminal.start()
+    store, data_args = parse(sys.argv[1:])
+    # Rank 0 tokenises before the others: that may take hours, and they wait.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    output, name = Path(store.output), store.model_name_or_path
+    before = read_json(output / PLAN) if (output / PLAN).is_file() else {}
+    if not before and output.exists() and any(output.iterdir()):
+        raise BadInput(f"{output} is not empty, and store_states.py did not write it: choose another --output")
+    date = Date.fromisoformat(before["date"]) if before else Date.today()  # for templates that print it
+    where = {"cache_dir": store.cache_dir, "trust_remote_code": store.trust_remote_code}
+    config = load_backbone_config(name, **where)
+    tokenizer = load_tokenizer(name, store.chat_template, **where)
+    chat = ChatTemplate(tokenizer, load_stops(name, **where), parse_kwargs(store.chat_template_kwargs), date)
+    parts = zip(PARTS, load_data(store, data_args, store, chat), strict=True)
+    rows = {part: found for part, found in parts if found is not None}
+    backbone = load_without_layers(name, config, dtype=getattr(torch, store.dtype), **where)
+    check_backbone(backbone, backbone.get_output_embeddings())
+    check_sizes(backbone, store, data_args, tokenizer)
+    plan = make_plan(store, data_args, chat, date, backbone, rows)
+    del backbone
+    if before:
+        check_plan(output, before, plan)
+    index = read_json(output / INDEX) if (output / INDEX).is_file() else None
+    left = missing(output, index or plan)
+    if index and not left:
+        return logger.info("%s is whole: there is nothing left to store", output)
+    check_disk(output, plan, left)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        begin(output, plan, left)
+    state.wait_for_everyone()
+    check_plan(output, read_json(output / PLAN), plan)  # rank 0's
+    mine = [(shard, of) for shard, of in with_rows(plan, rows) if shard["file"] in left]
+    if mine := mine[state.process_index :: state.num_processes]:
+        store_all(load(store, where, state.device), output, mine, Collator.of(tokenizer), store.batch_size)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(output, plan)
+        logger.info("%s is whole: train with --states_path %s", output, output)
+
+
+if __name__ == "__main__":
+    errors.end_with_launcher()
+    errors.run(main, **ADVICE)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
