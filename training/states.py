@@ -129,10 +129,14 @@ class StoredRows(Dataset):
             self.files[number] = safe_open(self.paths[number], framework="pt")
         return self.files[number]
 
-    def _column(self, name: str) -> Iterator[np.ndarray]:
+    def whole_columns(self, name: str) -> Iterator[np.ndarray]:
+        """A column of each shard, its rows one behind the other."""
         for number in range(len(self.paths)):
-            starts = self.starts[self.first_rows[number] : self.first_rows[number + 1]]
-            yield from np.split(self._file(number).get_tensor(name).numpy(), starts[1:])
+            yield self._file(number).get_tensor(name).numpy()
+
+    def _column(self, name: str) -> Iterator[np.ndarray]:
+        for number, column in enumerate(self.whole_columns(name)):
+            yield from np.split(column, self.starts[self.first_rows[number] + 1 : self.first_rows[number + 1]])
 
 
 # ---- what train.py does with them ----

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from model.backbone import load_backbone_config
 from model.heads_file import find_heads, load_token_map
 from training.checkpoints import STATE_DIR
 from training.state import saved_token_map
+from training.states import StoredRows
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,18 @@ def has_labels(data) -> bool:
 
 
 def count_labels(data, tokens: int) -> np.ndarray:
-    """int64 `[tokens]`: how often each is a label. Reads the columns of Arrow's tables as they lie in memory."""
+    """int64 `[tokens]`: how often each is a label."""
     counts = np.zeros(tokens, dtype=np.int64)
+    for labels in data.whole_columns("labels") if isinstance(data, StoredRows) else arrow_columns(data):
+        counts += np.bincount(labels[labels >= 0], minlength=tokens)[:tokens]  # `check_sizes` refuses others
+    return counts
+
+
+def arrow_columns(data) -> Iterator[np.ndarray]:
+    """The labels as they lie in memory in Arrow's tables."""
     for table in data.select_columns("labels").with_format("arrow").iter(batch_size=10_000):
         for chunk in table["labels"].chunks:
-            labels = chunk.flatten().to_numpy()
-            counts += np.bincount(labels[labels >= 0], minlength=tokens)[:tokens]  # `check_sizes` refuses others
-    return counts
+            yield chunk.flatten().to_numpy()
 
 
 def most_frequent(counts: np.ndarray, size: int, always: Set[int]) -> np.ndarray:

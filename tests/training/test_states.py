@@ -40,6 +40,7 @@ def test_heads_are_those_of_a_run_that_computes_the_states(dtype, loss, train, s
         ("--medusa_num_heads", 1),
         ("--dataloader_num_workers", 2),
         ("--train_sampling_strategy", "sequential"),
+        ("--medusa_vocab_size", 40, "--medusa_loss", "kl"),  # the tokens are counted in the states
     ],
 )
 def test_flags_do_the_same(flags, train, store):
