@@ -91,5 +91,5 @@ def check_disk(output: Path, plan: dict, left: list[str]):
     if needed > free:
         raise BadInput(
             f"the hidden states take {what} and 8 bytes a token more; {needed / 1e9:,.4g} GB are still to be written, "
-            f"and the disk of {output} has {free / 1e9:,.4g} GB free: name another --output, or take fewer conversations"
+            f"and the disk of {output} has {free / 1e9:,.4g} GB free: name another --output, or fewer conversations"
         )

@@ -49,6 +49,7 @@ def test_flags_do_the_same(flags, train, store):
     assert_same(weights(stored), weights(online), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_states_of_another_dtype_become_that_of_the_run(train, store):
     """Rounded to bf16 they change the losses a little; not rounded at all, bf16 rounds them later."""
     for dtype, bf16 in (("bfloat16", False), ("float32", True)):
