@@ -132,14 +132,13 @@ def own_text(model: MedusaModel, prompts, eos: set[int], max_new_tokens: int, co
     bar = tqdm(found, total=len(prompts), desc="answering", unit="prompt", disable=None)
     answers = dict(zip(order, bar, strict=True))
     tables = own_ranks(model, prompts, [answers[i] for i in range(len(prompts))], collate, batch_size)
+    return {"conversations": len(tables), "max_new_tokens": max_new_tokens} | figures(tables)
+
+
+def figures(tables: list[torch.Tensor]) -> dict:
+    """`rows`, `top` and `acceptance` of answers whose ranks are the tables `[n, K+1]` of `own_ranks`."""
     half = len(tables) // 2
     counts = count(torch.cat(tables))
     choose = count(torch.cat(tables[: half or None]))  # a single prompt serves as both halves
     texts = [[right_path(row) for row in table[:-1, 1:].tolist()] for table in tables[half:]]
-    return {
-        "conversations": len(tables),
-        "max_new_tokens": max_new_tokens,
-        "rows": counts.sum(1).tolist(),
-        "top": shares(counts),
-        "acceptance": acceptance(shares(choose), texts),
-    }
+    return {"rows": counts.sum(1).tolist(), "top": shares(counts), "acceptance": acceptance(shares(choose), texts)}
