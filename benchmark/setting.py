@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 from transformers.models.llama import modeling_llama
 
@@ -23,6 +24,7 @@ from common import provenance
 from medusa_model import MedusaConfig, MedusaModel
 from model import loss as head_loss
 from model.heads import ResBlock
+from training.states import StoredRows, checksum, open_shard
 from training.trainer import MedusaTrainer
 
 LLAMA3_8B: dict = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
@@ -114,6 +116,18 @@ def random_rows(shape: dict, length: int, count: int, draft: int | None = None) 
     tokens = torch.randint(0, draft or shape["vocab_size"], (count, length), generator=generator)
     tokens = tokens if guessed is None else guessed[tokens]
     return [{"input_ids": row, "labels": row} for row in tokens.tolist()]
+
+
+def stored_rows(shape: dict, rows: list[dict], directory: Path) -> StoredRows:
+    """The rows with random hidden states, in a shard in `directory`: read from there as --states_path reads them."""
+    ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int32)
+    hidden = torch.randn(ids.numel(), shape["hidden_size"], generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensors = {"hidden": hidden, "input_ids": ids.flatten(), "labels": ids.flatten().clone()}
+    save_file(tensors | {"lengths": torch.tensor([ids.shape[1]] * len(ids), dtype=torch.int32)}, directory / "0")
+    plan = {"dtype": "bfloat16", "hidden_size": shape["hidden_size"]}
+    shard = {"file": "0", "rows": len(ids), "tokens": ids.numel()}
+    shard["checksum"] = checksum(open_shard(directory / "0", shard, plan))
+    return StoredRows(directory, [shard], plan, torch.bfloat16)
 
 
 def origin() -> dict:

@@ -13,7 +13,8 @@ the row says OOM.
 ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 on a cool GPU. sustained_tflops is the
 same after two seconds of such products, when the GPU has reached its power limit, as in training.
 
-With --data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed.
+With --stored_states there is no backbone: random hidden states are read from a file as --states_path reads them. With
+--data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         learning_rate=options.learning_rate,
         gradient_checkpointing=recomputed > 0,
         gradient_checkpointing_layers=recomputed or None,
-        train_sampling_strategy="sequential" if data == "random" else "random",
+        train_sampling_strategy="random" if options.data_path else "sequential",
         logging_first_step=True,
         logging_steps=steps,
         save_strategy="no",
@@ -124,8 +125,9 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         disable_tqdm=True,
         dataloader_num_workers=0 if data == "random" else 4,
     )
-    draft = options.medusa_vocab_size
-    model = setting.random_model(options.shape, heads, options.stage, torch.bfloat16, device, draft)
+    draft, shape = options.medusa_vocab_size, options.shape
+    shape = shape | {"num_hidden_layers": 0} if data == "stored states" else shape
+    model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft)
     setting.choose_implementation(model, implementation, device)
     if options.fp8_backbone:
         from training.fp8 import use_fp8
@@ -188,7 +190,11 @@ def differences(rows: list[dict]) -> list[str]:
 def random_tokens(options, length: int) -> dict:
     """name -> rows, as `conversations`, but with one entry: the same batch in each step, so that losses fall."""
     batch = setting.random_rows(options.shape, length, options.batch_size, options.medusa_vocab_size)
-    return {"random": batch * (options.warmup + options.steps)}
+    rows = batch * (options.warmup + options.steps)
+    if not options.stored_states:
+        return {"random": rows}
+    directory = Path(tempfile.mkdtemp(dir=options.stored_states))
+    return {"stored states": setting.stored_rows(options.shape, rows, directory)}
 
 
 def conversations(options, length: int) -> dict:
@@ -224,6 +230,9 @@ def main():
     )
     parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--fp8_backbone", action="store_true", help="stage 1: as train.py's flag")
+    parser.add_argument(
+        "--stored_states", type=Path, help="stage 1: a directory to store hidden states in, and train from"
+    )
     parser.add_argument("--data_path", help="real conversations instead of random tokens")
     parser.add_argument("--tokenizer", help="for --data_path: a Hub id or a directory")
     parser.add_argument("--chat_template", help="for a tokenizer without one")
@@ -241,6 +250,8 @@ def main():
         parser.error("--medusa_vocab_size takes any tokens, not those of --data_path: leave one of them out")
     if options.fp8_backbone and options.stage == 2:
         parser.error("--fp8_backbone is for a frozen backbone: --stage 1")
+    if options.stored_states and (options.stage == 2 or options.implementations != ["ours"] or options.data_path):
+        parser.error("--stored_states is for --stage 1 --implementations ours, without --data_path")
     if options.trace and not torch.cuda.is_available():
         parser.error("--trace needs a GPU")
     layers = options.shape["num_hidden_layers"]

@@ -45,6 +45,17 @@ def test_the_three_do_the_same_work(stage, bench):
         assert losses == pytest.approx(losses[:1] * 3, rel=1e-3) and losses[0] < float(rows[length]["first_loss"])
 
 
+def test_from_stored_states_the_backbone_is_no_work(bench, tmp_path):
+    flags = ("--stage", 1, "--implementations", "ours")
+    stored, online = bench(*flags, "--stored_states", tmp_path), bench(*flags)[2:]
+    assert [row["data"] for row in stored + online] == ["stored states"] * 2 + ["random"] * 2
+    work = [[float(row["useful_tflops"]) * float(row["step_time_s"]) for row in rows] for rows in (stored, online)]
+    assert all(0 <= a <= b for a, b in zip(*work, strict=True))
+    assert all(float(row["last_loss"]) > 0 for row in stored)
+    with pytest.raises(SystemExit):
+        bench("--stage", 2, "--stored_states", tmp_path)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_heads_of_fewer_tokens(stage, bench):
     """The three agree; every target is a token that heads guess, and useful work is counted of those."""
