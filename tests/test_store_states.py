@@ -34,11 +34,13 @@ def contents(states) -> dict[str, bytes]:
 def test_states_are_those_of_each_row_alone(part, dtype, tolerance, store, model_dir, monkeypatch):
     monkeypatch.setattr(SMALL, 20_000)
     rows = read(store("--dtype", dtype, "--batch_size", 3, *HELD_OUT), part)
-    backbone = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).model
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Liger's kernels are in by now, and only run there
+    backbone = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).model.to(device)
     assert len(set(rows.lengths)) > 3
     for i in range(len(rows)):
         with torch.no_grad():
-            want = backbone(torch.tensor(rows[i]["input_ids"])[None].long()).last_hidden_state[0].float()
+            ids = torch.tensor(rows[i]["input_ids"], device=device)[None].long()
+            want = backbone(ids).last_hidden_state[0].float().cpu()
         torch.testing.assert_close(rows[i]["hidden"], want, rtol=tolerance, atol=tolerance)
 
 

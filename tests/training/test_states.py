@@ -46,7 +46,7 @@ def test_heads_are_those_of_a_run_that_computes_the_states(dtype, loss, train, s
 def test_flags_do_the_same(flags, train, store):
     states = store("--dtype", "float32", "--medusa_num_heads", 2)
     stored, online = train(*offline(states), *flags, output="b"), train(*ONLINE, *flags, output="a")
-    assert_same(weights(stored), weights(online), rtol=1e-5, atol=1e-6)
+    assert_same(weights(stored), weights(online), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.slow
