@@ -70,7 +70,6 @@ class MedusaModel(PreTrainedModel):
             setattr(config, name, getattr(text_config, name, None))
         self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
         self.medusa_loss = "ce"  # of the heads: against the next tokens; kl, lk: against the backbone's distribution
-        self.teacher_temperature, self.teacher_mix = 1.0, 0.0  # how kl and lk read it: model/teacher_loss.py
         self.backbone_frozen = False
         units = ["MedusaHead"] if config.medusa_num_heads else []
         self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
@@ -161,8 +160,7 @@ class MedusaModel(PreTrainedModel):
         if k > 0:
             teacher = None
             if self.medusa_loss != "ce":
-                form = self.teacher_temperature, self.teacher_mix
-                teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k, *form)
+                teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k)
             drafted = to_draft(targets, self.token_map)
             out = self.medusa_heads[k - 1](hidden, drafted, self.loss_impl, self.softcap, teacher)
             # A row whose target heads cannot guess costs no product and has no loss, but it is a row, and a miss.

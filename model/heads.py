@@ -35,8 +35,6 @@ class Teacher(NamedTuple):
     hidden: torch.Tensor  # `[B, T, H]`
     weight: torch.Tensor  # `[V, H]`, of the lm_head; with a draft vocabulary its `[V', H]` rows
     ahead: int  # k
-    temperature: float = 1.0
-    mix: float = 0.0
 
 
 class HeadLoss(NamedTuple):
@@ -77,9 +75,7 @@ def projection_loss(
         loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
     else:  # a row has a target, so its conversation goes on beyond t + k
         taught = (teacher.hidden.flatten(0, 1).index_select(0, index + teacher.ahead), teacher.weight)
-        loss_sum, correct = linear_teacher_loss(
-            rows, weight, taught, targets[index], teacher.kind, impl, softcap, teacher.temperature, teacher.mix
-        )
+        loss_sum, correct = linear_teacher_loss(rows, weight, taught, targets[index], teacher.kind, impl, softcap)
     return HeadLoss(loss_sum, correct, len(index))
 
 

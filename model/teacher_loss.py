@@ -12,12 +12,7 @@ matrices of logits exist, its loss and its gradients are computed. q is the head
 
 Four products of rows x V x H are needed (cross-entropy: three). Three implementations, as in `model/loss.py`: a Triton
 kernel (impl `liger`), plain torch in chunks, and plain torch with all logits, the reference.
-
-p may be sharper than what the teacher says, and lean towards the conversation's own token:
-p = (1 - mix) softmax(y / temperature) + mix (1 at the target, else 0).
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,17 +23,6 @@ from model import loss as head_loss
 KINDS = ("kl", "lk")
 ETA = 3.0  # of lk; the paper's choice
 BLOCK, WARPS = 4096, 8
-
-
-class Form(NamedTuple):
-    """Of the loss: its kind, and how p is made of the teacher's logits."""
-
-    kind: str
-    softcap: float | None = None
-    temperature: float = 1.0
-    mix: float = 0.0
-
-
 Teacher = tuple[torch.Tensor, torch.Tensor]  # hidden states `[R, H]`, and the `[V, H]` matrix of the lm_head
 
 
@@ -50,25 +34,22 @@ def linear_teacher_loss(
     kind: str,
     impl: str,
     softcap: float | None = None,
-    temperature: float = 1.0,
-    mix: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed distance of softmax(hidden @ weight.T) from the teacher's p, and how many rows guess `targets` `[R]`.
+    """Summed distance of softmax(hidden @ weight.T) from softmax(teacher's), and how many rows guess `targets` `[R]`.
 
     hidden `[R, H]`, weight `[V, H]`; the teacher gets no gradient. Returns an fp32 scalar and an int64 scalar. Dtypes,
     autocast and softcap as in `linear_cross_entropy`.
     """
-    form = Form(kind, softcap, temperature, mix)
     dtype = head_loss.compute_dtype(hidden, weight)
     hidden, weight = head_loss.prepare(hidden, weight, dtype)
     teacher_hidden, teacher_weight = (tensor.detach().to(dtype) for tensor in teacher)
     if impl == "torch" or len(targets) == 0:
         z, y = (capped(x @ w.t(), softcap) for x, w in ((hidden, weight), (teacher_hidden, teacher_weight)))
-        return reference(z, y, targets, form).sum(), (z.argmax(-1) == targets).sum()
+        return reference(z, y, kind).sum(), (z.argmax(-1) == targets).sum()
     on_gpu = hidden.device.type == "cuda"
     chunk = head_loss.CHUNK_ROWS if on_gpu or impl == "liger" else head_loss.CHUNK_ROWS_CPU
     step = in_triton if impl == "liger" else in_torch
-    return _Chunked.apply(hidden, weight, teacher_hidden, teacher_weight, targets, form, chunk, step)
+    return _Chunked.apply(hidden, weight, teacher_hidden, teacher_weight, targets, kind, softcap, chunk, step)
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -76,40 +57,30 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return head_loss.cap(logits if logits.dtype == torch.float64 else logits.float(), softcap)
 
 
-def distributions(z: torch.Tensor, y: torch.Tensor, targets: torch.Tensor, form: Form):
-    """log q and log p `[R, V]` from the capped logits of head (z) and teacher (y)."""
-    log_p = (y / form.temperature).log_softmax(-1)
-    if form.mix:
-        token = torch.zeros_like(log_p).scatter_(1, targets[:, None], form.mix)
-        log_p = ((1 - form.mix) * log_p.exp() + token).log()
-    return z.log_softmax(-1), log_p
-
-
-def reference(z: torch.Tensor, y: torch.Tensor, targets: torch.Tensor, form: Form) -> torch.Tensor:
-    """`[R]`, from the capped logits `[R, V]`."""
-    log_q, log_p = distributions(z, y, targets, form)
-    p = log_p.exp()
-    kl = (p * (log_p.clamp(min=-85) - log_q)).sum(-1)  # times p: the same, but no NaN where p is 0
-    if form.kind == "kl":
+def reference(z: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
+    """`[R]` from the logits of head (z) and teacher (y) `[R, V]`."""
+    log_q, log_p = z.log_softmax(-1), y.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    if kind == "kl":
         return kl
-    accepted = torch.minimum(p, log_q.exp()).sum(-1)
+    accepted = torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
     share = torch.exp(-ETA * accepted.detach())
     return share * kl + (1 - share) * (1 - accepted)
 
 
-def in_torch(z: torch.Tensor, y: torch.Tensor, targets: torch.Tensor, form: Form):
+def in_torch(z: torch.Tensor, y: torch.Tensor, kind: str, softcap: float | None):
     """-> loss `[R]`, best token `[R]`, gradient `[R, V]`, of raw logits `[R, V]`."""
     dtype, raw = z.dtype, z.float()
-    z, y = capped(z, form.softcap), capped(y, form.softcap)
-    q, p = (log.exp() for log in distributions(z, y, targets, form))
+    z, y = capped(z, softcap), capped(y, softcap)
+    slope = None if softcap is None else 1 - (z / softcap) ** 2
+    best, loss = raw.argmax(-1), reference(z, y, kind)
+    q, p = z.softmax(-1), y.softmax(-1)
     grad = q - p
-    if form.kind == "lk":
+    if kind == "lk":
         share = torch.exp(-ETA * torch.minimum(p, q).sum(-1, keepdim=True))
         below = (q < p).float()
         grad = share * grad - (1 - share) * q * (below - (q * below).sum(-1, keepdim=True))
-    if form.softcap is not None:
-        grad = grad * (1 - (z / form.softcap) ** 2)
-    return reference(z, y, targets, form), raw.argmax(-1), grad.to(dtype)
+    return loss, best, (grad if slope is None else grad * slope).to(dtype)
 
 
 @triton.jit
@@ -120,22 +91,9 @@ def _capped(z, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _teacher(y_ptr, at, inside, y_log, target, SOFTCAP: tl.constexpr, SHARPER: tl.constexpr, MIX: tl.constexpr):
-    """p and log p of a block."""
-    y = _capped(tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
-    log_p = y * SHARPER - y_log
-    p = tl.where(inside, tl.exp(log_p), 0.0)
-    if MIX > 0:
-        p = (1 - MIX) * p + tl.where(at == target, MIX, 0.0)
-        log_p = tl.log(tl.maximum(p, 1e-37))  # times p: the same for p = 0
-    return p, log_p
-
-
-@triton.jit
 def _rows(
     z_ptr,
     y_ptr,
-    target_ptr,
     loss_ptr,
     best_ptr,
     vocab,
@@ -144,14 +102,11 @@ def _rows(
     LK: tl.constexpr,
     ETA: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SHARPER: tl.constexpr,
-    MIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row a program. Reads both logits twice (lk: three times); the gradient takes the place of the head's."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr, y_ptr = z_ptr + row * z_row, y_ptr + row * y_row
-    target = tl.load(target_ptr + row)
     z_max, z_sum, y_max, y_sum = -float("inf"), 0.0, -float("inf"), 0.0
     best, best_at = -float("inf"), 0
     for start in range(0, vocab, BLOCK):
@@ -162,7 +117,7 @@ def _rows(
         best = tl.maximum(best, top)
         z = tl.where(at < vocab, _capped(raw, SOFTCAP), -float("inf"))
         y = tl.load(y_ptr + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
-        y = tl.where(at < vocab, _capped(y, SOFTCAP) * SHARPER, -float("inf"))
+        y = tl.where(at < vocab, _capped(y, SOFTCAP), -float("inf"))
         new = tl.maximum(z_max, tl.max(z))
         z_sum = z_sum * tl.exp(z_max - new) + tl.sum(tl.exp(z - new))
         z_max = new
@@ -176,8 +131,8 @@ def _rows(
             at = start + tl.arange(0, BLOCK)
             inside = at < vocab
             log_q = _capped(tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32), SOFTCAP) - z_log
-            q = tl.where(inside, tl.exp(log_q), 0.0)
-            p, log_p = _teacher(y_ptr, at, inside, y_log, target, SOFTCAP, SHARPER, MIX)
+            log_p = _capped(tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32), SOFTCAP) - y_log
+            q, p = tl.where(inside, tl.exp(log_q), 0.0), tl.where(inside, tl.exp(log_p), 0.0)
             kl += tl.sum(p * (log_p - log_q))
             accepted += tl.sum(tl.minimum(p, q))
             below_sum += tl.sum(tl.where(q < p, q, 0.0))
@@ -187,8 +142,8 @@ def _rows(
         inside = at < vocab
         z = _capped(tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
         log_q = z - z_log
-        q = tl.where(inside, tl.exp(log_q), 0.0)
-        p, log_p = _teacher(y_ptr, at, inside, y_log, target, SOFTCAP, SHARPER, MIX)
+        log_p = _capped(tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32), SOFTCAP) - y_log
+        q, p = tl.where(inside, tl.exp(log_q), 0.0), tl.where(inside, tl.exp(log_p), 0.0)
         grad = q - p
         if LK:
             grad = share * grad - (1 - share) * q * (tl.where(q < p, 1.0, 0.0) - below_sum)
@@ -202,16 +157,15 @@ def _rows(
     tl.store(best_ptr + row, best_at)
 
 
-def in_triton(z: torch.Tensor, y: torch.Tensor, targets: torch.Tensor, form: Form):
+def in_triton(z: torch.Tensor, y: torch.Tensor, kind: str, softcap: float | None):
     """The same; the gradient is in the memory of z."""
     rows, vocab = z.shape
     loss = torch.empty(rows, dtype=torch.float32, device=z.device)
     best = torch.empty(rows, dtype=torch.int64, device=z.device)
     block = min(triton.next_power_of_2(vocab), BLOCK)
     _rows[(rows,)](
-        z, y, targets, loss, best, vocab, z.stride(0), y.stride(0),
-        LK=form.kind == "lk", ETA=ETA, SOFTCAP=form.softcap or 0.0, SHARPER=1 / form.temperature, MIX=form.mix,
-        BLOCK=block, num_warps=WARPS,
+        z, y, loss, best, vocab, z.stride(0), y.stride(0),
+        LK=kind == "lk", ETA=ETA, SOFTCAP=softcap or 0.0, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
     return loss, best, z
 
@@ -220,7 +174,7 @@ class _Chunked(torch.autograd.Function):
     """Computes the gradients in the forward pass, while a chunk's logits exist."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, targets, form, chunk, step):
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, targets, kind, softcap, chunk, step):
         d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         d_weight = torch.zeros_like(weight) if weight.requires_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -232,7 +186,7 @@ class _Chunked(torch.autograd.Function):
             x = hidden[rows]
             torch.mm(x, weight.t(), out=z[: len(x)])
             torch.mm(teacher_hidden[rows], teacher_weight.t(), out=y[: len(x)])
-            each, best, grad = step(z[: len(x)], y[: len(x)], targets[rows], form)
+            each, best, grad = step(z[: len(x)], y[: len(x)], kind, softcap)
             loss += each.sum()
             correct += (best == targets[rows]).sum()
             if d_hidden is not None:
@@ -245,4 +199,4 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        return *head_loss.scale_gradients(ctx, grad_loss), *[None] * 6
+        return *head_loss.scale_gradients(ctx, grad_loss), *[None] * 7

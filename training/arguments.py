@@ -163,13 +163,6 @@ class TrainingArguments(transformers.TrainingArguments):
             "choices": ["ce", "kl", "lk"],
         },
     )
-    teacher_temperature: float = field(
-        default=1.0, metadata={"help": "kl and lk: below 1, heads learn a sharper distribution than the backbone's."}
-    )
-    teacher_mix: float = field(
-        default=0.0,
-        metadata={"help": "kl and lk: this share of what heads learn is the conversation's own token (0 to below 1)."},
-    )
     medusa_heads_coefficient: float = field(
         default=0.2, metadata={"help": "lambda_0, the weight of the heads' losses next to the backbone's."}
     )

@@ -62,7 +62,6 @@ def build_model(
         use_fp8(backbone, training_args.device)
     model.choose_kernels(model_args.use_liger, training_args.device)
     model.medusa_loss = training_args.medusa_loss
-    model.teacher_temperature, model.teacher_mix = training_args.teacher_temperature, training_args.teacher_mix
     if training_args.device.type == "cuda" and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         warn_of_memory(model, torch.cuda.get_device_properties(training_args.device).total_memory)
     memory = [f"{gib:.1f}" for gib in gather_object([peak_process_gib()])]

@@ -97,14 +97,6 @@ def refuse(model, data, training):
             f"--medusa_loss {training.medusa_loss} is a loss of heads, and --medusa_return False has none",
         ),
         (
-            not (training.teacher_temperature > 0 and 0 <= training.teacher_mix < 1),
-            "--teacher_temperature must be above 0, and --teacher_mix 0 to below 1",
-        ),
-        (
-            training.medusa_loss == "ce" and (training.teacher_temperature, training.teacher_mix) != (1, 0),
-            "--teacher_temperature and --teacher_mix go with --medusa_loss kl or lk: ce has no teacher",
-        ),
-        (
             training.medusa_heads_coefficient == 0 and stage_1,
             "--medusa_heads_coefficient 0 with --medusa_only_heads True would train nothing",
         ),

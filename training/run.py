@@ -29,8 +29,6 @@ def describe(model_args, training_args) -> dict:
         "medusa_num_layers": model_args.medusa_num_layers,
         "medusa_only_heads": training_args.medusa_only_heads,
         "medusa_loss": training_args.medusa_loss,
-        "teacher_temperature": training_args.teacher_temperature,
-        "teacher_mix": training_args.teacher_mix,
         "medusa_vocab_size": model_args.medusa_vocab_size,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
@@ -89,8 +87,8 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
-    older = {"medusa_loss": "ce", "teacher_temperature": 1.0, "teacher_mix": 0.0}  # do not say what was the only way
-    found = older | {"medusa_vocab_size": None} | found  # which is only said if it is reduced
+    # Older checkpoints do not say the first; the second is only said if it is reduced.
+    found = {"medusa_loss": "ce", "medusa_vocab_size": None} | found
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(

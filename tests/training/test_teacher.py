@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from common.errors import BadInput
 from conversations.targets import IGNORE, shifted_targets
 from medusa_model import MedusaConfig, MedusaModel
-from model.teacher_loss import KINDS, Form, reference
+from model.teacher_loss import KINDS, reference
 
 HEADS = 3
 
@@ -38,8 +38,7 @@ def by_hand(model: MedusaModel, batch: dict, kind: str) -> torch.Tensor:
         targets = shifted_targets(batch["labels"], k + 1, batch["position_ids"])
         z, y = head(hidden)[:, :-k], model.lm_head(hidden.detach())[:, k:].detach()
         counts = targets[:, :-k] != IGNORE
-        form = Form(kind, None, model.teacher_temperature, model.teacher_mix)
-        losses.append(reference(z[counts], y[counts], targets[:, :-k][counts], form).mean())
+        losses.append(reference(z[counts], y[counts], kind).mean())
     return torch.stack(losses)
 
 
@@ -50,8 +49,6 @@ def test_losses_and_gradients_of_every_parameter(impl, stage, tied, kind):
     device = "cuda" if impl == "liger" and torch.cuda.is_available() else "cpu"
     model = make_model(stage, kind, tied).to(device)
     batch = {key: tensor.to(device) for key, tensor in make_batch().items()}
-    if stage == 1:
-        model.teacher_temperature, model.teacher_mix = 0.6, 0.2
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     want = by_hand(model, batch, kind)
     grads = torch.autograd.grad(want.sum(), list(parameters.values()), allow_unused=True)
@@ -90,27 +87,6 @@ def test_another_loss_is_another_run(train):
     train(*flags, "--medusa_loss", "kl")
     with pytest.raises(BadInput, match="was trained with --medusa_loss kl, not ce"):
         train(*flags, "--resume_from_checkpoint", True)
-    with pytest.raises(BadInput, match=r"was trained with --teacher_temperature 1\.0, not 0\.5"):
-        train(*flags, "--medusa_loss", "kl", "--teacher_temperature", 0.5, "--resume_from_checkpoint", True)
-
-
-@pytest.mark.parametrize(("flag", "value"), [("--teacher_temperature", 0.25), ("--teacher_mix", 0.9)])
-def test_the_flags_reach_the_loss(flag, value, train):
-    """Heads whose teacher is almost sure of one token are almost as far from it as ce says; the first log tells."""
-    flags = ("--medusa_only_heads", True, "--max_steps", 1, "--learning_rate", 0.0)
-    kl, ce = (logged(train(*flags, "--medusa_loss", loss, output=loss), "head_1_loss")[0] for loss in ("kl", "ce"))
-    asked = logged(train(*flags, "--medusa_loss", "kl", flag, value, output="asked"), "head_1_loss")[0]
-    assert asked > kl + 0.05
-    if flag == "--teacher_mix":  # .9 of p is the token: .9 ce, less what is left of p's own entropy
-        assert 0.8 * ce < asked < ce
-
-
-def test_flags_of_a_teacher_that_is_not_there(train):
-    for flag, value in (("--teacher_temperature", 0.5), ("--teacher_mix", 0.1)):
-        with pytest.raises(BadInput, match="ce has no teacher"):
-            train(flag, value)
-        with pytest.raises(BadInput, match="--teacher_temperature must be above 0, and --teacher_mix 0 to below 1"):
-            train(flag, -1, "--medusa_loss", "kl")
 
 
 def test_without_heads_there_is_nobody_to_teach(train):
