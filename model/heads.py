@@ -1,6 +1,6 @@
 """Medusa heads (arXiv 2401.10774, section 2.1.1): n ResBlocks and a projection of its own to the vocabulary each."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +26,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + F.silu(self.linear(x))
+
+
+class Path(NamedTuple):
+    """The tokens between a hidden state and a guess: head k reads h_t and may read the k tokens at t + 1 to t + k."""
+
+    ids: torch.Tensor  # int64 `[..., k]`
+    embeds: torch.Tensor | None  # `[..., k, H]`, of the backbone's input embedding; None where no head reads it
 
 
 class Teacher(NamedTuple):
@@ -61,7 +68,7 @@ def projection_loss(
     weight: torch.Tensor,
     impl: str,
     softcap: float | None,
-    blocks: nn.Module | None = None,
+    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
     teacher: Teacher | None = None,
 ) -> HeadLoss:
     """Loss of hidden `[B, T, H]` against targets `[B, T]`, or against the teacher's distribution. Rows whose target is
@@ -69,8 +76,8 @@ def projection_loss(
     targets = targets.flatten()
     index = targets.ne(IGNORE).nonzero()[:, 0]
     rows = hidden.flatten(0, 1).index_select(0, index)
-    if blocks is not None:
-        rows = blocks(rows)
+    if inputs is not None:
+        rows = inputs(rows)
     if teacher is None:
         loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
     else:  # a row has a target, so its conversation goes on beyond t + k
@@ -98,15 +105,24 @@ class MedusaHead(nn.Sequential):
             block.reset_parameters()
         projection.weight.copy_(weight)
 
+    @property
+    def projection(self) -> nn.Linear:
+        return cast(nn.Linear, self[-1])
+
+    def inputs(self, hidden: torch.Tensor, path: Path | None = None) -> torch.Tensor:
+        """hidden `[..., H]` -> `[..., D]`, what the projection `[V, D]` reads (here D = H, and no path is read)."""
+        for block in list(self)[:-1]:
+            hidden = block(hidden)
+        return hidden
+
     def forward(self, hidden, targets=None, impl="torch", softcap=None, teacher: Teacher | None = None):
         """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
-        *blocks, projection = self
-        weight = cast(torch.Tensor, projection.weight)  # torch annotates any attribute of a module as Tensor | Module
+        weight = self.projection.weight
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)  # the backbone may be bf16 and the heads fp32
         if targets is not None:
-            return projection_loss(hidden, targets, weight, impl, softcap, nn.Sequential(*blocks), teacher)
-        return cap(projection(nn.Sequential(*blocks)(hidden)), softcap)
+            return projection_loss(hidden, targets, weight, impl, softcap, self.inputs, teacher)
+        return cap(self.projection(self.inputs(hidden)), softcap)
 
 
 class MedusaHeads(nn.ModuleList):
