@@ -163,6 +163,14 @@ class TrainingArguments(transformers.TrainingArguments):
             "choices": ["ce", "kl", "lk"],
         },
     )
+    medusa_rows: str = field(
+        default="answers",
+        metadata={
+            "help": "Which rows heads learn from: those whose token is the assistant's, or all, prompts included: "
+            "stage 1, with --medusa_loss kl or lk.",
+            "choices": ["answers", "all"],
+        },
+    )
     medusa_heads_coefficient: float = field(
         default=0.2, metadata={"help": "lambda_0, the weight of the heads' losses next to the backbone's."}
     )

@@ -97,6 +97,10 @@ def refuse(model, data, training):
             f"--medusa_loss {training.medusa_loss} is a loss of heads, and --medusa_return False has none",
         ),
         (
+            training.medusa_rows == "all" and (training.medusa_loss == "ce" or not stage_1),
+            "--medusa_rows all needs a teacher and a frozen backbone: --medusa_loss kl or lk, --medusa_only_heads True",
+        ),
+        (
             training.medusa_heads_coefficient == 0 and stage_1,
             "--medusa_heads_coefficient 0 with --medusa_only_heads True would train nothing",
         ),

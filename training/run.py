@@ -29,6 +29,7 @@ def describe(model_args, training_args) -> dict:
         "medusa_num_layers": model_args.medusa_num_layers,
         "medusa_only_heads": training_args.medusa_only_heads,
         "medusa_loss": training_args.medusa_loss,
+        "medusa_rows": training_args.medusa_rows,
         "medusa_vocab_size": model_args.medusa_vocab_size,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
@@ -87,8 +88,8 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
-    # Older checkpoints do not say the first; the second is only said if it is reduced.
-    found = {"medusa_loss": "ce", "medusa_vocab_size": None} | found
+    # Older checkpoints do not say the first two; the third is only said if it is reduced.
+    found = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_vocab_size": None} | found
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(

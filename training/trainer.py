@@ -71,6 +71,9 @@ class MedusaTrainer(CheckpointingTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
+        if self.args.medusa_rows == "all":  # a teacher has something to say of a prompt's tokens too
+            for batch in batches:
+                batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
         self._mask_repeated(batches[-1], self.train_dataset)
         counts = torch.stack([batch_counts(batch, self.num_heads) for batch in batches]).sum(0)
         counts = self.accelerator.reduce(counts.to(device))

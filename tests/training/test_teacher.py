@@ -6,9 +6,11 @@ from conftest import TRITON, assert_same, logged, make_backbone, randomise, weig
 from safetensors.torch import load_file
 
 from common.errors import BadInput
+from conversations.batches import Collator
 from conversations.targets import IGNORE, shifted_targets
 from medusa_model import MedusaConfig, MedusaModel
 from model.teacher_loss import KINDS, reference
+from training.trainer import MedusaTrainer
 
 HEADS = 3
 
@@ -87,6 +89,42 @@ def test_another_loss_is_another_run(train):
     train(*flags, "--medusa_loss", "kl")
     with pytest.raises(BadInput, match="was trained with --medusa_loss kl, not ce"):
         train(*flags, "--resume_from_checkpoint", True)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_all_rows_are_those_of_labels_everywhere(packing, train, monkeypatch):
+    """What is evaluated stays the answers."""
+    flags = ("--medusa_only_heads", True, "--max_steps", 4, "--medusa_loss", "kl", "--packing", packing)
+    flags += ("--eval_holdout", 4, "--do_eval", True, "--logging_steps", 1)
+    found = train(*flags, "--medusa_rows", "all", output="all")
+    count, collate = MedusaTrainer.get_batch_samples, Collator.__call__
+
+    def labels_everywhere(self, rows):
+        return collate(self, [row | {"labels": row["input_ids"]} for row in rows] if collecting else rows)
+
+    def training_only(self, *args):
+        nonlocal collecting
+        collecting = True
+        try:
+            return count(self, *args)
+        finally:
+            collecting = False
+
+    collecting = False
+    monkeypatch.setattr(Collator, "__call__", labels_everywhere)
+    monkeypatch.setattr(MedusaTrainer, "get_batch_samples", training_only)
+    want = train(*flags, output="want")
+    monkeypatch.setattr(Collator, "__call__", collate)
+    assert logged(train(*flags, output="answers"), "loss") != logged(want, "loss")
+    assert_same(weights(found), weights(want))
+    for key in ("loss", "head_1_top1", "eval_head_1_top1"):
+        assert logged(found, key) == logged(want, key)
+
+
+def test_all_rows_need_a_teacher_and_a_frozen_backbone(train):
+    for flags in (("--medusa_only_heads", True), ("--medusa_loss", "kl")):
+        with pytest.raises(BadInput, match="--medusa_rows all needs a teacher and a frozen backbone"):
+            train("--medusa_rows", "all", *flags)
 
 
 def test_without_heads_there_is_nobody_to_teach(train):
