@@ -9,7 +9,7 @@ answers to prompts that nothing was trained on. Then the heads' ranks of their t
 yield along them ("simulated"; decoding/acceptance.py): trees are chosen on one half and counted on the other.
 
     seconds         of training, without start and evaluation; with --at_once N, N trainings share the GPU
-    top1_1 ...      how often each head's best guess is right
+    top1            how often the best guess of each head is right
     chain, 8 ...    tokens per pass with the best guess of each head, and with trees of so many guesses
 """
 
@@ -27,6 +27,7 @@ from setting import append, origin
 
 from conversations.batches import Collator
 from conversations.targets import IGNORE
+from decoding.acceptance import NODES
 from decoding.accuracy import figures, ranks_of_heads
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import load_backbone_config, load_without_layers
@@ -93,9 +94,11 @@ def measure(options, heads: Path) -> dict:
     model.eval().to(device)
     rows = StoredRows(options.states, index["shards"]["eval"], index, dtype)
     found = figures(tables(model, rows))
-    columns = {f"top1_{k}": f"{top[0]:.4f}" for k, top in enumerate(found["top"][1:], 1)}
-    for row in found["acceptance"]:
-        columns["chain" if row["tree"] == "chain" else str(row["nodes"])] = f"{row['length']:.3f}"
+    chain, *trees = found["acceptance"]
+    columns = {"top1": " ".join(f"{top[0]:.4f}" for top in found["top"][1:]), "chain": f"{chain['length']:.3f}"}
+    for nodes in NODES:  # poor heads have fewer paths with a chance: then the largest tree
+        largest = max((tree for tree in trees if tree["nodes"] <= nodes), key=lambda tree: tree["nodes"])
+        columns[str(nodes)] = f"{largest['length']:.3f}"
     return columns
 
 

@@ -98,7 +98,7 @@ def refuse(model, data, training):
         ),
         (
             training.medusa_rows == "all" and (training.medusa_loss == "ce" or not stage_1),
-            "--medusa_rows all needs a teacher and a frozen backbone: --medusa_loss kl or lk, --medusa_only_heads True",
+            "--medusa_rows all needs a teacher and a frozen backbone: --medusa_loss kl or lk, in stage 1",
         ),
         (
             training.medusa_heads_coefficient == 0 and stage_1,

@@ -68,7 +68,7 @@ def test_stage_1_on_one_gpu(start, shell):
     model, data, training = flags_of(done)
     assert config_of(done) == "configs/single_gpu.yaml" and "--quiet" in launcher_flags(done) and not done.stderr
     assert training.medusa_only_heads and training.learning_rate == 1e-3 and training.medusa_lr_multiplier == 1
-    assert model.medusa_num_heads == 5 and training.bf16 and training.warmup_steps == 0.1
+    assert model.medusa_num_heads == 5 and training.bf16 and training.warmup_steps == 0.02
     assert data.eval_holdout == 500 and training.output_dir == "out/llama3_8b_medusa_stage1"
 
 
