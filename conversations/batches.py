@@ -1,5 +1,6 @@
 """Tokenised conversations -> batches with little padding: packing, padding on the right, grouping by length."""
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
@@ -64,31 +65,35 @@ class Collator:
         return batch
 
 
-class LengthGroupedSampler(Sampler):
-    """A random order in which the rows of one optimiser step have about the same length, to save padding.
+class ShuffledSampler(Sampler):
+    """A random order. With lengths, one in which the rows of an optimiser step are about equally long, to save
+    padding: it cuts the shuffled rows into pools of 50 steps, sorts each pool by length, cuts it into steps, and
+    shuffles those.
 
-    Shuffles the rows, cuts them into pools of 50 steps, sorts each pool by length, cuts it into steps, and shuffles
-    the steps. The order depends on seed and epoch alone, so a resumed run draws the same batches.
+    The rows of the last, incomplete step are drawn before anything is sorted, or they would be the shortest of every
+    epoch. The order depends on seed and epoch alone, so a resumed run draws the same batches. Their sum would not do
+    as the seed of an epoch: a run with the next seed would have this run's second epoch as its first.
     """
 
-    def __init__(self, lengths: list[int], rows_per_step: int, seed: int):
-        self.lengths, self.rows_per_step, self.seed, self.epoch = lengths, rows_per_step, seed, 0
+    def __init__(self, rows: int, rows_per_step: int, seed: int, lengths: list[int] | None = None):
+        self.rows, self.rows_per_step, self.seed, self.lengths, self.epoch = rows, rows_per_step, seed, lengths, 0
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        pool = 50 * self.rows_per_step
-        order = [
-            i
-            for start in range(0, len(order), pool)
-            for i in sorted(order[start : start + pool], key=lambda i: -self.lengths[i])
-        ]
-        whole = len(order) // self.rows_per_step
-        for step in torch.randperm(whole, generator=generator).tolist() + [whole]:  # an incomplete step comes last
-            yield from order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+        digest = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        lengths, size = self.lengths, self.rows_per_step
+        if lengths is None:
+            return iter(order)
+        whole = self.rows // size * size
+        order, rest, pool = order[:whole], order[whole:], 50 * size
+        parts = (sorted(order[start : start + pool], key=lambda i: -lengths[i]) for start in range(0, whole, pool))
+        order = [i for part in parts for i in part]
+        steps = torch.randperm(whole // size, generator=generator).tolist()
+        return iter([i for step in steps for i in order[step * size : (step + 1) * size]] + rest)

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from common.errors import BadInput
-from conversations.batches import LengthGroupedSampler
+from conversations.batches import ShuffledSampler
 from conversations.targets import IGNORE, count_rows, shifted_targets
 from training import fsdp
 from training.checkpoints import CheckpointingTrainer
@@ -202,12 +202,12 @@ class MedusaTrainer(CheckpointingTrainer):
 
     def train_sampler(self, dataset):
         """Groups rows by length if the lengths are known and the rows are not packed."""
-        names = getattr(dataset, "column_names", None) or []
-        asked = self.args.train_sampling_strategy
-        if "length" not in names or "position_ids" in names or asked != "random":  # random: the Trainer's default
+        if self.args.train_sampling_strategy != "random":  # the Trainer's default
             return None
+        names = getattr(dataset, "column_names", None) or []
+        lengths = list(dataset["length"]) if "length" in names and "position_ids" not in names else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(list(dataset["length"]), self.get_total_train_batch_size(self.args), seed)
+        return ShuffledSampler(len(dataset), self.get_total_train_batch_size(self.args), seed, lengths)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each head's loss and top-1 accuracy, and the meter's figures, to every training log."""

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from conversations.batches import Collator, LengthGroupedSampler, pack
+from conversations.batches import Collator, ShuffledSampler, pack
 from conversations.targets import IGNORE, shifted_targets
 
 MAX_LENGTH = 64
@@ -92,8 +92,8 @@ def test_padding_is_on_the_right_and_known_by_length():
     assert all(value.dtype == torch.int64 for value in batch.values())
 
 
-def order(lengths, rows_per_step=8, seed=0, epoch=0) -> list[int]:
-    sampler = LengthGroupedSampler(lengths, rows_per_step, seed)
+def order(lengths, rows_per_step=8, seed=0, epoch=0, grouped=True) -> list[int]:
+    sampler = ShuffledSampler(len(lengths), rows_per_step, seed, lengths if grouped else None)
     sampler.set_epoch(epoch)
     return list(sampler)
 
@@ -105,16 +105,28 @@ def padding(lengths, indices, rows_per_step=8) -> int:
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 799, 800, 801, 1000])  # incomplete steps, pools (of 400), both
-def test_sampler_draws_every_row_once(count):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_sampler_draws_every_row_once(count, grouped):
     lengths = random_lengths(count, 500)
-    assert sorted(order(lengths)) == list(range(count))
-    assert len(LengthGroupedSampler(lengths, 8, 0)) == count
+    assert sorted(order(lengths, grouped=grouped)) == list(range(count))
+    assert len(ShuffledSampler(count, 8, 0)) == count
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+@pytest.mark.parametrize("grouped", [True, False])
+def test_order_depends_on_seed_and_epoch_alone(grouped):
+    """And no two seeds share an order: a second epoch is not the first one of the next seed."""
     lengths = random_lengths(1000, 500)
-    assert order(lengths, seed=1, epoch=2) == order(lengths, seed=1, epoch=2)
-    assert len({tuple(order(lengths, seed=seed, epoch=epoch)) for seed, epoch in [(0, 0), (0, 1), (5, 0)]}) == 3
+    assert order(lengths, seed=1, epoch=2, grouped=grouped) == order(lengths, seed=1, epoch=2, grouped=grouped)
+    runs = [(seed, epoch) for seed in range(-1, 5) for epoch in range(5)]
+    assert len({tuple(order(lengths, seed=seed, epoch=epoch, grouped=grouped)) for seed, epoch in runs}) == 30
+
+
+def test_the_rows_that_are_left_over_are_any_rows():
+    """Not the shortest or the longest: over many epochs their mean is that of all."""
+    lengths = random_lengths(407, 500)
+    last = [order(lengths, epoch=epoch)[400:] for epoch in range(60)]
+    mean = sum(lengths[i] for rows in last for i in rows) / (60 * 7)
+    assert abs(mean / (sum(lengths) / 407) - 1) < 0.15 and len({i for rows in last for i in rows}) > 200
 
 
 @pytest.mark.parametrize("count", [1000, 1001, 1007])  # a last step of one row must not shift the others
