@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -161,10 +162,24 @@ class CheckpointingTrainer(HookedTrainer):
             raise OSError(error[0])
 
     def load_checkpoint(self, checkpoint: Path) -> None:
-        stage_2 = not self.medusa.backbone_frozen
-        load_state(checkpoint / STATE_DIR, self.model, self.optimizer.optimizer, stage_2)
+        stage_2, optimizer, schedule = not self.medusa.backbone_frozen, self.optimizer.optimizer, self.lr_scheduler
+        asked = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        load_state(checkpoint / STATE_DIR, self.model, optimizer, stage_2)
         with reading(path := checkpoint / "scheduler.pt"):
-            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+            saved = torch.load(path, weights_only=True)
+            schedule.load_state_dict(saved)
+        if not isinstance(schedule, LambdaLR):  # its rates follow from what it has seen, not from flags
+            return
+        # Rates, decay and number of steps are those of the flags, as the advice after a NaN has it. With the
+        # checkpoint's, a finished run that is made longer would begin with its last rate, which is 0.
+        rates = [
+            rate * factor(schedule.last_epoch) for (rate, _), factor in zip(asked, schedule.lr_lambdas, strict=True)
+        ]
+        for group, (rate, decay), now in zip(optimizer.param_groups, asked, rates, strict=True):
+            if rate != group["initial_lr"]:
+                logger.info("the learning rate is %g from here on, and was %g", rate, group["initial_lr"])
+            group |= {"initial_lr": rate, "lr": now, "weight_decay": decay}
+        schedule.load_state_dict(saved | {"base_lrs": [rate for rate, _ in asked], "_last_lr": rates})
 
     def load_best(self, checkpoint: Path) -> None:
         logger.info("loading the best weights, those of %s", checkpoint)
