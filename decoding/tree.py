@@ -143,28 +143,6 @@ def layout(choices: Choices) -> Layout:
     )
 
 
-class Level(NamedTuple):
-    """The nodes at depth l, which head l guesses. They have P parents, and head l answers all of them at once."""
-
-    nodes: slice  # the C nodes of this depth: they follow each other
-    path: torch.Tensor  # int64 [P, l]; the nodes from the root to each parent
-    ranks: int  # the best guesses that are needed behind each parent
-    parent: torch.Tensor  # int64 [C]; which of the P
-    rank: torch.Tensor  # int64 [C]
-
-
-def levels(tree: Layout) -> list[Level]:
-    """Of depth 1, 2, ...; none of an empty tree."""
-    found = []
-    for depth in range(1, tree.path.shape[1]):
-        (nodes,) = torch.where(tree.depth == depth)
-        parents, parent = tree.parent[nodes].unique(return_inverse=True)
-        rank = tree.rank[nodes]
-        places = slice(int(nodes[0]), int(nodes[-1]) + 1)
-        found.append(Level(places, tree.path[parents, :depth], int(rank.max()) + 1, parent, rank))
-    return found
-
-
 def load_chance(path) -> tuple[Chance, int, int]:
     """-> (chance, heads, ranks) from evaluate.py's JSON. Takes the accuracies on the backbone's own text if there are
     any, because that is the text heads have to guess; else those on the reference text. Raises BadInput for a file

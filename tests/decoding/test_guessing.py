@@ -8,10 +8,10 @@ from decoders import DEVICE, PROMPTS, VOCAB, LastToken, WholePath, bushy, decode
 
 from decoding import tree as draft_tree
 from decoding.decoder import Decoder
-from decoding.guessing import LevelByLevel
+from decoding.guessing import Level, LevelByLevel, levels
 from decoding.products import Products, sharing
 from decoding.sampling import Sampling
-from decoding.tree import chain, independent
+from decoding.tree import chain, independent, layout
 from model.heads import Path
 
 both = pytest.mark.parametrize("kind", [LastToken, WholePath])
@@ -33,6 +33,27 @@ def plain_guesses(model, tree, hidden, root):
         guess = int(head.projection(head.inputs(hidden, path)).sort(descending=True).indices[node[-1]])
         tokens[node] = guess if model.token_map is None else int(model.token_map[guess])
     return [*tokens.values()]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_levels_say_whose_children_the_nodes_are(seed):
+    tree = random_tree(4, 20, seed)
+    nodes, found = [(), *tree], levels(layout(tree))
+    assert len(found) == max(map(len, tree))
+    assert [node for level in found for node in nodes[level.nodes]] == tree
+    for depth, level in enumerate(found, 1):
+        children = nodes[level.nodes]
+        parents = [nodes[i] for i in level.path[:, -1]]
+        assert {len(node) for node in children} == {depth} and parents == sorted({node[:-1] for node in children})
+        for parent, way in zip(parents, level.path.tolist(), strict=True):
+            assert [nodes[i] for i in way] == [parent[:d] for d in range(depth)]
+        ways = zip(level.parent.tolist(), level.rank.tolist(), strict=True)
+        assert [(*parents[parent], rank) for parent, rank in ways] == children
+        assert level.ranks == 1 + max(node[-1] for node in children)
+
+
+def test_plain_decoding_has_no_levels():
+    assert levels(layout([])) == []
 
 
 @both
@@ -74,6 +95,17 @@ def test_prefill_and_passes_guess_from_the_end_of_the_text(kind, tokens):
                 hidden = model.last_hidden_state(torch.tensor([text[:-1]], device=DEVICE))[0, -1]
                 assert decoder.tokens[row].tolist() == plain_guesses(model, tree, hidden, text[-1])
     assert max(yielded) > 1
+
+
+@both
+@torch.no_grad()
+def test_nothing_leaves_the_device(kind):
+    """Else a CUDA graph could not hold it. Tensors of the meta device have no values that could leave."""
+    model = make_model(3, FIVE, kind).to("meta")
+    fill = LevelByLevel(model, model.medusa_heads, layout(best_tree(3, 12)))
+    for i, level in enumerate(fill.levels):
+        fill.levels[i] = Level(*(part.to("meta") if isinstance(part, torch.Tensor) else part for part in level))
+    fill(torch.empty(2, model.config.hidden_size, device="meta"), torch.empty(2, 13, dtype=torch.int64, device="meta"))
 
 
 def test_heads_that_read_no_path_guess_the_same_either_way():

@@ -9,7 +9,7 @@ import torch
 
 from common.errors import BadInput
 from decoding import tree as draft_tree
-from decoding.tree import best_tree, chain, check, expected_length, fastest, independent, layout, levels
+from decoding.tree import best_tree, chain, check, expected_length, fastest, independent, layout
 
 TOP = [  # [K+1][ranks]; head 2 is more often right with its third guess than with its second
     [1.0, 1.0, 1.0],
@@ -216,27 +216,6 @@ def test_layout_is_the_tree(seed):
 def test_layout_of_plain_decoding_is_the_root():
     found = layout([])
     assert [tensor.tolist() for tensor in found] == [[0], [0], [0], [[True]], [[0]]]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_levels_say_whose_children_the_nodes_are(seed):
-    tree = random_tree(random.Random(seed), num_heads=4, ranks=4, nodes=20)
-    nodes, found = [(), *tree], levels(layout(tree))
-    assert len(found) == max(map(len, tree))
-    assert [node for level in found for node in nodes[level.nodes]] == tree
-    for depth, level in enumerate(found, 1):
-        children = nodes[level.nodes]
-        parents = [nodes[i] for i in level.path[:, -1]]
-        assert {len(node) for node in children} == {depth} and parents == sorted({node[:-1] for node in children})
-        for parent, way in zip(parents, level.path.tolist(), strict=True):
-            assert [nodes[i] for i in way] == [parent[:d] for d in range(depth)]
-        ways = zip(level.parent.tolist(), level.rank.tolist(), strict=True)
-        assert [(*parents[parent], rank) for parent, rank in ways] == children
-        assert level.ranks == 1 + max(node[-1] for node in children)
-
-
-def test_plain_decoding_has_no_levels():
-    assert levels(layout([])) == []
 
 
 OWN_TOP = [[1.0, 1.0, 1.0], [0.6, 0.75, 0.8], [0.3, 0.4, 0.5]]
