@@ -25,6 +25,7 @@ from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone
 from model.config import MedusaConfig
 from model.heads import HeadLoss, MedusaHead, MedusaHeads, Teacher, projection_loss
+from model.heads import Path as HeadPath
 from model.heads_file import HEADS_DIR, TOKEN_MAP, find_heads, load_heads, save_heads, under
 from model.loss import cap, choose_impl
 from model.vocabulary import to_draft, to_full
@@ -153,6 +154,14 @@ class MedusaModel(PreTrainedModel):
                 position_ids=position_ids,
                 use_cache=False,
             ).last_hidden_state
+
+    def path(self, ids: torch.Tensor) -> HeadPath | None:
+        """ids int64 `[..., k]`, the tokens before a guess -> what heads read of them: nothing, the ids, or the input
+        embeddings too, `[..., k, H]`, without a gradient."""
+        if not any(head.reads_path for head in self.medusa_heads):
+            return None
+        reads_embeds = any(head.reads_embeds for head in self.medusa_heads)
+        return HeadPath(ids, self.get_input_embeddings()(ids).detach() if reads_embeds else None)
 
     def head_loss(self, k: int, hidden, labels, position_ids=None) -> HeadLoss:
         """Head k's loss on hidden `[B, T, H]` and (unshifted) labels `[B, T]`; k = 0 is the backbone's `lm_head`."""

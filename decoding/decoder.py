@@ -23,6 +23,7 @@ import torch
 
 from common.errors import BadInput
 from decoding.attention import TreeCache, decoding
+from decoding.guessing import LevelByLevel
 from decoding.products import AllHeads, Products, sharing
 from decoding.sampling import GREEDY, Sampling, choose
 from decoding.tree import Choices, Layout, check, layout
@@ -69,10 +70,14 @@ class Decoder:
         heads = self.heads = model.medusa_heads[: self.most - 1]  # those that the tree uses
         self.products: list[Products] = []
         self.all_heads: AllHeads | None = None
+        depends = any(head.reads_path for head in heads)
+        self.by_level = LevelByLevel(model, heads, self.tree) if depends else None
         if device.type == "cuda":
             model.use_liger_in_backbone()
             self.products = sharing(model.backbone)
-            if batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
+            if self.by_level:
+                self.products += sharing(heads)  # behind one parent of one text: one row
+            elif batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
                 self.all_heads = AllHeads(heads)
         self.places = torch.arange(places, device=device)
         # What a pass reads and writes: always the same memory, so that a CUDA graph can replay it.
@@ -118,8 +123,10 @@ class Decoder:
         return cap(self.model.lm_head(hidden), self.model.softcap)
 
     def guess(self, hidden: torch.Tensor):
-        """Fills the tree with the heads' best tokens. hidden `[B, H]`: from where the root was chosen."""
-        if self.ranks:
+        """Fills the tree with the heads' best tokens behind the root. hidden `[B, H]`: from where that was chosen."""
+        if self.by_level:
+            self.by_level(hidden, self.tokens)
+        elif self.ranks:
             logits = (
                 self.all_heads(hidden) if self.all_heads else torch.stack([head(hidden) for head in self.heads], 1)
             )

@@ -94,6 +94,9 @@ class MedusaHead(nn.Sequential):
     gathered only while it runs.
     """
 
+    reads_path = False  # whether `inputs` needs a path
+    reads_embeds = False  # and its embeddings
+
     def __init__(self, hidden_size: int, vocab_size: int, num_layers: int):
         blocks = [ResBlock(hidden_size) for _ in range(num_layers)]
         super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))

@@ -4,15 +4,18 @@ import itertools
 
 import pytest
 import torch
-from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, make_model
+from decoders import DEVICE, PROMPTS, VOCAB, LastToken, WholePath, bushy, decode, make_model
 
 from decoding.decoder import Decoder
 from decoding.sampling import Sampling
 
+kinds = pytest.mark.parametrize("kind", [None, LastToken, WholePath])
 
-def test_exact_sampling_draws_from_the_backbone():
+
+@kinds
+def test_exact_sampling_draws_from_the_backbone(kind):
     """Two tokens after the first, 8,000 times: as often as the product of the backbone's probabilities says."""
-    model, temperature, rows, rounds = make_model(), 1.5, 1000, 8
+    model, temperature, rows, rounds = make_model(kind=kind), 1.5, 1000, 8
     prompt = PROMPTS[0]
     chances = torch.zeros(VOCAB, VOCAB, VOCAB)
     with torch.inference_mode():
@@ -44,10 +47,11 @@ def paper_bound(logits, sampling):
     return p, min(sampling.epsilon, sampling.delta * torch.exp(-entropy).item())
 
 
+@kinds
 @pytest.mark.parametrize("epsilon, delta", [(0.09, 0.3), (0.3, 0.9), (0.02, 0.05)])
-def test_typical_acceptance_is_the_papers(epsilon, delta):
+def test_typical_acceptance_is_the_papers(epsilon, delta, kind):
     """Each pass accepts the longest way whose tokens are all typical, and none other; of equal ones the likeliest."""
-    model, sampling = make_model(), Sampling(1.0, True, epsilon, delta)
+    model, sampling = make_model(kind=kind), Sampling(1.0, True, epsilon, delta)
     tree = bushy(3)
     decoder = Decoder(model, tree, 1, 80, sampling, graph=False)  # or the next pass is under way already
     text, lengths, refused = list(PROMPTS[0]), [], 0
