@@ -49,9 +49,10 @@ class FlopCount:
     per_token: one forward, 2 per weight of the decoder's linear layers. For dense models: experts are not counted.
     per_pair: 4 x layers x heads x head_dim, for query x key and weight x value of one attended token.
     per_row: 6 per weight of a head (forward, d_hidden, d_weight), index = head; head 0 is the lm_head. Stage 1 does
-        not need the first ResBlock's d_hidden, but it is counted too: at most 1 % of a head. 2 more per weight of the
-        head's projection if the lm_head teaches it: its teacher has as many tokens. (With a draft vocabulary, rows
-        whose target is outside of it count too, though they cost nothing: a few in a hundred.)
+        not need the first ResBlock's d_hidden, but it is counted too: at most 1 % of a head. Weights that multiply the
+        embeddings of a path (hydra) count 4, as those need no gradient; a markov head's table is in no product. 2 more
+        per weight of the teacher if the lm_head teaches: it has as many tokens as the head. (With a draft vocabulary,
+        rows whose target is outside of it count too, though they cost nothing: a few in a hundred.)
     backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains.
     """
 
@@ -73,12 +74,20 @@ class FlopCount:
             per_row=[
                 6.0 * lm_head,
                 *(
-                    6.0 * sum(p.numel() for p in head.parameters()) + 2.0 * teaches * head[-1].weight.numel()
+                    cls.of_head(head, model.lm_head.in_features)
+                    + 2.0 * teaches * head.projection.out_features * model.lm_head.in_features
                     for head in model.medusa_heads
                 ),
             ],
             backbone_passes=1 if model.backbone_frozen else 3,
         )
+
+    @staticmethod
+    def of_head(head, hidden_size: int) -> float:
+        linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        embeddings = linear[0].in_features - hidden_size if head.reads_embeds else 0
+        weights = sum(parameter.numel() for module in linear for parameter in module.parameters())
+        return 6.0 * weights - 2.0 * embeddings * hidden_size
 
     def step(self, rows: list[int], tokens: int, pairs: int) -> float:
         backbone = self.backbone_passes * (self.per_token * tokens + self.per_pair * pairs)

@@ -7,12 +7,12 @@
 
 Head k (k = 1..K) predicts the token at t + k + 1 from the last hidden state h_t. The backbone's own `lm_head` is
 head 0 and predicts the token at t + 1. A head is n ResBlocks and its own projection to the vocabulary, or to a draft
-vocabulary (model/vocabulary.py).
+vocabulary (model/vocabulary.py); other types of heads know the tokens before their guess too (model/path_heads.py).
 """
 
 import os
+import pathlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,10 +24,10 @@ from common.errors import BadInput
 from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone
 from model.config import MedusaConfig
-from model.heads import HeadLoss, MedusaHead, MedusaHeads, Teacher, projection_loss
-from model.heads import Path as HeadPath
+from model.heads import HeadLoss, Path, Teacher, Text, projection_loss, until
 from model.heads_file import HEADS_DIR, TOKEN_MAP, find_heads, load_heads, save_heads, under
 from model.loss import cap, choose_impl
+from model.path_heads import HEAD_TYPES, make_heads
 from model.vocabulary import to_draft, to_full
 
 
@@ -59,11 +59,9 @@ class MedusaModel(PreTrainedModel):
 
     def __init__(self, config: MedusaConfig, backbone: PreTrainedModel):
         super().__init__(config)
-        assert config.hidden_size is not None and config.vocab_size is not None
-        self.backbone = backbone
-        sizes = config.hidden_size, config.medusa_vocab_size or config.vocab_size, config.medusa_num_layers
-        heads = (MedusaHead(*sizes) for _ in range(config.medusa_num_heads))
-        self.medusa_heads = MedusaHeads(heads, config.medusa_vocab_size)
+        self.backbone, self.medusa_heads = backbone, make_heads(config)
+        kind = HEAD_TYPES[config.medusa_head_type]
+        self.reads_path, self.reads_embeds = kind.reads_path, kind.reads_embeds
         # No post_init(): it would initialise the zero ResBlocks at random.
         text_config = backbone.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
@@ -72,7 +70,7 @@ class MedusaModel(PreTrainedModel):
         self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
         self.medusa_loss = "ce"  # of the heads: against the next tokens; kl, lk: against the backbone's distribution
         self.backbone_frozen = False
-        units = ["MedusaHead"] if config.medusa_num_heads else []
+        units = [kind.__name__] if config.medusa_num_heads else []
         self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
 
     @classmethod
@@ -142,36 +140,42 @@ class MedusaModel(PreTrainedModel):
     def get_output_embeddings(self):
         return self.lm_head
 
-    def last_hidden_state(self, input_ids, attention_mask=None, position_ids=None, hidden=None) -> torch.Tensor:
-        """`[B, T]` -> `[B, T, H]`, the input of all heads: the decoder's output after its last norm. hidden: the same,
-        if it is stored (store_states.py). It still comes through here, where FSDP2 sees a step begin."""
-        if hidden is not None:
-            return hidden
+    def read(self, input_ids, attention_mask=None, position_ids=None, hidden=None) -> tuple[torch.Tensor, Text | None]:
+        """`[B, T]` -> `[B, T, H]`, the input of all heads: the decoder's output after its last norm. And the text, if
+        heads read their paths. hidden: that output, if it is stored (store_states.py). It still comes through here,
+        where FSDP2 sees a step begin, and where the embeddings are whole."""
+        tokens, embeds = {"input_ids": input_ids}, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
-            return self.backbone.get_decoder()(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-            ).last_hidden_state
+            if self.reads_embeds:
+                embeds = self.backbone.get_input_embeddings()(input_ids)
+                tokens = {"inputs_embeds": embeds}
+            if hidden is None:
+                hidden = self.backbone.get_decoder()(
+                    **tokens, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                ).last_hidden_state
+        return hidden, Text(input_ids, None if embeds is None else embeds.detach()) if self.reads_path else None
 
-    def path(self, ids: torch.Tensor) -> HeadPath | None:
-        """ids int64 `[..., k]`, the tokens before a guess -> what heads read of them: nothing, the ids, or the input
-        embeddings too, `[..., k, H]`, without a gradient."""
-        if not any(head.reads_path for head in self.medusa_heads):
+    def last_hidden_state(self, *args, **kwargs) -> torch.Tensor:
+        """`[B, T, H]`, the first that `read` returns."""
+        return self.read(*args, **kwargs)[0]
+
+    def path(self, ids: torch.Tensor) -> Path | None:
+        """Tokens `[..., k]` between a hidden state and head k's guess -> what the head may read of them, without
+        gradient. None if heads read no path."""
+        if not self.reads_path:
             return None
-        reads_embeds = any(head.reads_embeds for head in self.medusa_heads)
-        return HeadPath(ids, self.get_input_embeddings()(ids).detach() if reads_embeds else None)
+        return Path(ids, self.backbone.get_input_embeddings()(ids).detach() if self.reads_embeds else None)
 
-    def head_loss(self, k: int, hidden, labels, position_ids=None) -> HeadLoss:
-        """Head k's loss on hidden `[B, T, H]` and (unshifted) labels `[B, T]`; k = 0 is the backbone's `lm_head`."""
+    def head_loss(self, k: int, hidden, labels, text: Text | None, position_ids=None) -> HeadLoss:
+        """Head k's loss on hidden `[B, T, H]`, (unshifted) labels `[B, T]` and the text that `read` gave; k = 0 is the
+        backbone's `lm_head`."""
         targets = shifted_targets(labels, k + 1, position_ids)
         if k > 0:
             teacher = None
             if self.medusa_loss != "ce":
                 teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k)
             drafted = to_draft(targets, self.token_map)
-            out = self.medusa_heads[k - 1](hidden, drafted, self.loss_impl, self.softcap, teacher)
+            out = self.medusa_heads[k - 1](hidden, drafted, self.loss_impl, self.softcap, teacher, until(text, k))
             # A row whose target heads cannot guess costs no product and has no loss, but it is a row, and a miss.
             return out if self.token_map is None else out._replace(rows=count_rows(targets))
         return self.lm_head_loss(hidden, targets)
@@ -203,16 +207,21 @@ class MedusaModel(PreTrainedModel):
             Head 0 is not computed if its weight is 0.
         rows: `[K+1]` row counts of the whole optimiser step, at least 1, to divide the summed losses by. Default: this
             batch's.
+
+        Heads that read the path to their guess are given the one of input_ids. Their logits mean nothing where it
+        would leave the row or, in packed rows, the conversation.
         """
         # Calls the class's method: under FSDP2 the instance's own gathers the root unit's weights first
         # (training/fsdp.py), and here they are gathered already.
-        hidden = MedusaModel.last_hidden_state(self, input_ids, attention_mask, position_ids, hidden)
+        hidden, text = MedusaModel.read(self, input_ids, attention_mask, position_ids, hidden)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
         if labels is None:
             lm_logits = cap(self.lm_head(hidden), self.softcap)
-            guesses = (head(hidden, softcap=self.softcap) for head in self.medusa_heads)
-            heads = [to_full(logits, self.token_map, lm_logits) for logits in guesses]
+            heads = [
+                to_full(head(hidden, softcap=self.softcap, text=until(text, k)), self.token_map, lm_logits)
+                for k, head in enumerate(self.medusa_heads, 1)
+            ]
             return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
         num_heads = len(self.medusa_heads)
         head_weights = head_weights or [0.0 if self.backbone_frozen else 1.0] + [1.0] * num_heads
@@ -221,7 +230,7 @@ class MedusaModel(PreTrainedModel):
         losses = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32)
         total = sums.new_zeros((), dtype=torch.float32)
         for k in range(first, num_heads + 1):
-            out = self.head_loss(k, hidden, labels, position_ids)
+            out = self.head_loss(k, hidden, labels, text, position_ids)
             out.add_to(sums[k])
             loss = out.loss_sum / (max(1, out.rows) if rows is None else rows[k])
             losses[k] = loss.detach()
@@ -248,7 +257,7 @@ class MedusaModel(PreTrainedModel):
         """
         if not is_main_process:
             return
-        directory = Path(save_directory)
+        directory = pathlib.Path(save_directory)
         if state_dict is None:
             state_dict = self.state_dict()
         if include_backbone is None:
@@ -262,7 +271,7 @@ class MedusaModel(PreTrainedModel):
             return
         config = self.config.to_dict()
         if include_backbone:
-            config["base_model_name_or_path"] = str(Path(final_directory or directory).resolve())
+            config["base_model_name_or_path"] = str(pathlib.Path(final_directory or directory).resolve())
             directory = directory / HEADS_DIR
         tokens = {} if self.token_map is None else {TOKEN_MAP: self.token_map}
         save_heads(under("medusa_heads.", state_dict) | tokens, config, directory)

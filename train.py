@@ -20,7 +20,7 @@ from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
 from training import run, vocabulary
 from training.arguments import parse
-from training.build import build_model
+from training.build import build_model, choose_head_type
 from training.data import load_data
 from training.trainer import MedusaTrainer
 
@@ -37,6 +37,7 @@ def main():
     terminal.start()
     model_args, data_args, training_args = parse(sys.argv[1:])
     model_args.medusa_vocab_size = vocabulary.draft_size(model_args, training_args)
+    choose_head_type(model_args)
     checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, training_args)
     date = run.first_day(checkpoint)
     access = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}

@@ -74,7 +74,8 @@ def tables(model: MedusaModel, rows: StoredRows) -> list[torch.Tensor]:
     found, device = [], model.lm_head.weight.device
     for start in range(0, len(rows), ROWS):
         batch = Collator(0)([rows[i] for i in range(start, min(start + ROWS, len(rows)))])
-        ranks = ranks_of_heads(model, batch["hidden"].to(device), batch["labels"].to(device)).cpu()
+        read = model.read(batch["input_ids"].to(device), hidden=batch["hidden"].to(device))
+        ranks = ranks_of_heads(model, *read, batch["labels"].to(device)).cpu()
         for labels, table in zip(batch["labels"], ranks, strict=True):
             places = (labels != IGNORE).nonzero()[:, 0]
             found.append(table[places - 1])  # the place before a token is where the backbone chose it

@@ -3,9 +3,14 @@
 reference text   the answers in given conversations
 own text         the backbone's own greedy answers to the same questions
 
+Heads that read the path to their guess are given the text's tokens: the rank of head k is that of a guess behind k
+right ones. Decoding uses no other.
+
 Rank 0 is a head's best guess. TOP stands for all ranks from TOP on, NO_TOKEN for a row whose target is past the end of
 the text.
 """
+
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -15,19 +20,21 @@ from conversations.targets import IGNORE, shifted_targets
 from decoding.acceptance import NO_TOKEN, TOP, acceptance, right_path
 from decoding.answers import answer_all
 from medusa_model import MedusaModel
+from model.heads import MedusaHead, Text, until
 from model.loss import cap
 from model.vocabulary import to_draft
 
 ROWS = 512  # rows whose logits exist at once: 512 x 128256 x 4 bytes = 0.26 GB
 
 
-def ranks(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """hidden `[R, H]`, n targets per row `[R, n]` (IGNORE: none) -> their ranks `[R, n]`.
+def ranks(logits_of, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """rows `[R, ...]`, of which `logits_of` makes logits `[R, V]`; n targets per row `[R, n]` (IGNORE: none) -> their
+    ranks `[R, n]`.
 
     The logits of a row are computed once for all its targets.
     """
     found = torch.empty_like(targets)
-    for x, t, out in zip(hidden.split(ROWS), targets.split(ROWS), found.split(ROWS), strict=True):
+    for x, t, out in zip(rows.split(ROWS), targets.split(ROWS), found.split(ROWS), strict=True):
         logits = logits_of(x)
         for i, target in enumerate(t.split(1, dim=1)):
             mine = logits.gather(1, target.clamp(min=0))
@@ -38,36 +45,37 @@ def ranks(logits_of, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return found
 
 
-def ranks_ahead(
-    hidden: torch.Tensor, labels: torch.Tensor, logits_of, shifts: range, token_map: torch.Tensor | None = None
-) -> torch.Tensor:
-    """hidden `[B, T, H]`, labels `[B, T]` -> `[B, T, len(shifts)]`: for each position and shift, the rank under
-    `logits_of` of the label that many positions ahead, or NO_TOKEN. Under logits of a draft vocabulary, token_map, all
-    other tokens have rank TOP."""
+def ranks_ahead(labels: torch.Tensor, logits_of, shifts: range, token_map: torch.Tensor | None = None) -> torch.Tensor:
+    """labels `[B, T]` -> `[B, T, len(shifts)]`: for each position and shift, the rank of the label that many positions
+    ahead, or NO_TOKEN. `logits_of` makes logits of positions `[R]` of the batch laid flat. Under logits of a draft
+    vocabulary, token_map, all other tokens have rank TOP."""
     targets = torch.stack([shifted_targets(labels, shift) for shift in shifts], dim=-1)
     guessed = to_draft(targets, token_map)
     found = torch.full_like(targets, NO_TOKEN)
     counts = (guessed != IGNORE).any(-1)
-    found[counts] = ranks(logits_of, hidden[counts], guessed[counts])
+    found[counts] = ranks(logits_of, counts.flatten().nonzero()[:, 0], guessed[counts])
     return found.masked_fill((guessed == IGNORE) & (targets != IGNORE), TOP)
 
 
-def ranks_of_heads(model: MedusaModel, hidden: torch.Tensor, labels: torch.Tensor, before: bool = False):
-    """Ranks `[B, T, K+1]` of the label k + 1 positions ahead under head k; head 0 is the lm_head.
+def ranks_of_heads(
+    model: MedusaModel, hidden: torch.Tensor, text: Text | None, labels: torch.Tensor, before: bool = False
+):
+    """Ranks `[B, T, K+1]` of the label k + 1 positions ahead under head k; head 0 is the lm_head. hidden `[B, T, H]`
+    and text: what `model.read` returns.
 
     before=True returns a pair: these, and the ranks of the same labels under untrained heads, which are copies of the
     lm_head.
     """
-    shifts = range(1, len(model.medusa_heads) + 2)
-    copies = ranks_ahead(
-        hidden, labels, lambda x: cap(model.lm_head(x), model.softcap), shifts if before else shifts[:1]
-    )
-    trained = [
-        ranks_ahead(
-            hidden, labels, lambda x, head=head: head(x, softcap=model.softcap), shifts[k : k + 1], model.token_map
-        )
-        for k, head in enumerate(model.medusa_heads, start=1)
-    ]
+    shifts, states = range(1, len(model.medusa_heads) + 2), hidden.flatten(0, 1)
+
+    def logits_of(k: int):
+        if k == 0:
+            return lambda index: cap(model.lm_head(states[index]), model.softcap)
+        head, ahead = cast(MedusaHead, model.medusa_heads[k - 1]), until(text, k)
+        return lambda index: head.logits(states[index], ahead and ahead.path(index), model.softcap)
+
+    copies = ranks_ahead(labels, logits_of(0), shifts if before else shifts[:1])
+    trained = [ranks_ahead(labels, logits_of(k), shifts[k : k + 1], model.token_map) for k in range(1, len(shifts))]
     found = torch.cat([copies[..., :1], *trained], dim=-1)
     return (found, copies) if before else found
 
@@ -91,8 +99,8 @@ def reference_text(model: MedusaModel, batches) -> dict:
     device, heads = model.lm_head.weight.device, len(model.medusa_heads) + 1
     top, before = (torch.zeros(heads, TOP + 1, dtype=torch.int64, device=device) for _ in range(2))
     for batch in tqdm(batches, desc="evaluating", unit="batch", disable=None):
-        hidden, labels = model.last_hidden_state(batch["input_ids"].to(device)), batch["labels"].to(device)
-        for counts, found in zip((top, before), ranks_of_heads(model, hidden, labels, before=True), strict=True):
+        read, labels = model.read(batch["input_ids"].to(device)), batch["labels"].to(device)
+        for counts, found in zip((top, before), ranks_of_heads(model, *read, labels, before=True), strict=True):
             counts += count(found)
     return {"rows": top.sum(1).tolist(), "top": shares(top), "before": shares(before)}
 
@@ -117,8 +125,7 @@ def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_siz
     for start in tqdm(range(0, len(rows), batch_size), desc="reading answers", unit="batch", disable=None):
         chosen = order[start : start + batch_size]
         batch = collate([rows[i] for i in chosen])
-        hidden = model.last_hidden_state(batch["input_ids"].to(device))
-        found = ranks_of_heads(model, hidden, batch["labels"].to(device)).cpu()
+        found = ranks_of_heads(model, *model.read(batch["input_ids"].to(device)), batch["labels"].to(device)).cpu()
         for i, table in zip(chosen, found, strict=True):
             tables[i] = table[len(prompts[i]) - 1 :][: len(answers[i])]
     return [tables[i] for i in range(len(rows))]

@@ -14,11 +14,21 @@ class MedusaConfig(PreTrainedConfig):
     hidden_size: int | None = None
     vocab_size: int | None = None
     medusa_vocab_size: int | None = None  # V' of a draft vocabulary
+    medusa_head_type: str = "medusa"  # of model/path_heads.py
+    medusa_rank: int = 256  # r of markov heads
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, V' (V without a draft vocabulary) and the number of ResBlocks."""
+        assert self.hidden_size is not None and self.vocab_size is not None
+        return self.hidden_size, self.medusa_vocab_size or self.vocab_size, self.medusa_num_layers
 
     def to_dict(self) -> dict:
         # Only what describes the heads. TGI recognises a Medusa directory by the absence of `architectures`.
         keys = ["model_type", "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path"]
         keys += ["medusa_vocab_size"] if self.medusa_vocab_size is not None else []
+        keys += ["medusa_head_type"] if self.medusa_head_type != "medusa" else []
+        keys += ["medusa_rank"] if self.medusa_head_type == "markov" else []
         fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
         return fields | {"transformers_version": transformers.__version__}
 

@@ -1,13 +1,14 @@
 """Medusa heads (arXiv 2401.10774, section 2.1.1): n ResBlocks and a projection of its own to the vocabulary each."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from conversations.targets import IGNORE
+from model.config import MedusaConfig
 from model.loss import cap, linear_cross_entropy
 from model.teacher_loss import linear_teacher_loss
 
@@ -33,6 +34,26 @@ class Path(NamedTuple):
 
     ids: torch.Tensor  # int64 `[..., k]`
     embeds: torch.Tensor | None  # `[..., k, H]`, of the backbone's input embedding; None where no head reads it
+
+
+class Text(NamedTuple):
+    """What a batch's paths are taken from: its true tokens, whatever heads would have guessed (teacher forcing)."""
+
+    ids: torch.Tensor  # int64 `[B, T]`
+    embeds: torch.Tensor | None  # `[B, T, H]`, without gradient; None where no head reads it
+    ahead: int = 0  # k: how many tokens a path has
+
+    def path(self, index: torch.Tensor) -> Path:
+        """The paths of positions `[R]` of the batch laid flat. A position with a target has its path in its own
+        conversation; another's may run into what comes next, or repeat the batch's last token."""
+        steps = torch.arange(1, self.ahead + 1, device=index.device)
+        places = (index[:, None] + steps).clamp(max=self.ids.numel() - 1)
+        return Path(self.ids.flatten()[places], None if self.embeds is None else self.embeds.flatten(0, 1)[places])
+
+
+def until(text: Text | None, k: int) -> Text | None:
+    """The text for head k, if there is one."""
+    return None if text is None else text._replace(ahead=k)
 
 
 class Teacher(NamedTuple):
@@ -68,16 +89,18 @@ def projection_loss(
     weight: torch.Tensor,
     impl: str,
     softcap: float | None,
-    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    inputs: Callable[[torch.Tensor, Path | None], torch.Tensor] | None = None,
     teacher: Teacher | None = None,
+    text: Text | None = None,
 ) -> HeadLoss:
     """Loss of hidden `[B, T, H]` against targets `[B, T]`, or against the teacher's distribution. Rows whose target is
-    IGNORE (prompts, padding, the end of a conversation) are dropped before anything is computed."""
+    IGNORE (prompts, padding, the end of a conversation) are dropped before anything is computed. inputs: what the
+    weight multiplies, of hidden rows `[R, H]` and their paths in the text."""
     targets = targets.flatten()
     index = targets.ne(IGNORE).nonzero()[:, 0]
     rows = hidden.flatten(0, 1).index_select(0, index)
     if inputs is not None:
-        rows = inputs(rows)
+        rows = inputs(rows, None if text is None else text.path(index))
     if teacher is None:
         loss_sum, correct = linear_cross_entropy(rows, weight, targets[index], impl, softcap)
     else:  # a row has a target, so its conversation goes on beyond t + k
@@ -92,14 +115,20 @@ class MedusaHead(nn.Sequential):
 
     `forward` computes the loss itself, so that under FSDP each head can be a unit of its own, whose weights are
     gathered only while it runs.
+
+    Other types are in model/path_heads.py. reads_path: whether `inputs` reads a path; reads_embeds: its embeddings.
     """
 
-    reads_path = False  # whether `inputs` needs a path
-    reads_embeds = False  # and its embeddings
+    reads_path = reads_embeds = False
 
     def __init__(self, hidden_size: int, vocab_size: int, num_layers: int):
         blocks = [ResBlock(hidden_size) for _ in range(num_layers)]
         super().__init__(*blocks, nn.Linear(hidden_size, vocab_size, bias=False))
+
+    @classmethod
+    def of(cls, config: MedusaConfig, k: int) -> Self:
+        """Head k."""
+        return cls(*config.sizes)
 
     def reset_parameters(self, weight: torch.Tensor):
         """An untrained head: its logits are those of a projection with this weight `[V, H]`."""
@@ -118,14 +147,24 @@ class MedusaHead(nn.Sequential):
             hidden = block(hidden)
         return hidden
 
-    def forward(self, hidden, targets=None, impl="torch", softcap=None, teacher: Teacher | None = None):
-        """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss."""
+    def forward(self, hidden, targets=None, impl="torch", softcap=None, teacher=None, text: Text | None = None):
+        """hidden `[B, T, H]` -> logits `[B, T, V]`; with targets `[B, T]` (already shifted) -> HeadLoss.
+
+        teacher: a Teacher, or None. text: where heads find their paths, if they read any.
+        """
         weight = self.projection.weight
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)  # the backbone may be bf16 and the heads fp32
         if targets is not None:
-            return projection_loss(hidden, targets, weight, impl, softcap, self.inputs, teacher)
-        return cap(self.projection(self.inputs(hidden)), softcap)
+            return projection_loss(hidden, targets, weight, impl, softcap, self.inputs, teacher, text)
+        if text is None:
+            return self.logits(hidden, None, softcap)
+        every = torch.arange(text.ids.numel(), device=hidden.device)
+        return self.logits(hidden.flatten(0, 1), text.path(every), softcap).unflatten(0, text.ids.shape)
+
+    def logits(self, hidden: torch.Tensor, path: Path | None, softcap: float | None = None) -> torch.Tensor:
+        """hidden `[..., H]` -> `[..., V]`."""
+        return cap(self.projection(self.inputs(hidden, path)), softcap)
 
 
 class MedusaHeads(nn.ModuleList):

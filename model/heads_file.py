@@ -3,7 +3,15 @@
     {h}.{l}.linear.weight, {h}.{l}.linear.bias   ResBlock l of head h (h = 0 is head 1)   [H, H], [H]
     {h}.{n}.weight                               its projection, n = number of ResBlocks  [V, H]
 
-Heads of a draft vocabulary (model/vocabulary.py) have projections `[V', H]`, `medusa_vocab_size` in config.json, and
+Other types of heads (model/path_heads.py) have `medusa_head_type` in config.json; k = h + 1 is how many tokens they
+know:
+
+    markov    {h}.{n}.weight                     with `medusa_rank` r in config.json      [V, H + r]
+              {h}.table                          its row of a token                       [V, r]
+    hydra     {h}.0.linear.weight                the first ResBlock's                     [H, (k + 1) H]
+
+Heads of a draft vocabulary (model/vocabulary.py) have V' in the place of V in projections, `medusa_vocab_size` in
+config.json, and
 
     token_map                                    which tokens they guess, ascending       [V'], int64
 
@@ -19,6 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import BadInput
 from common.files import write_atomically
+from model.config import MedusaConfig
+from model.path_heads import HEAD_TYPES, make_heads
 
 HEADS_FILE = "medusa_lm_head.safetensors"  # the name the original Medusa and TGI look for
 TOKEN_MAP = "token_map"
@@ -53,9 +63,12 @@ def load_config(directory: Path) -> dict:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {directory / 'config.json'}: {error}") from error
+    kind = config.setdefault("medusa_head_type", "medusa")
+    if kind not in tuple(HEAD_TYPES):
+        raise BadInput(f"{directory / 'config.json'}: medusa_head_type {kind} is not one of {', '.join(HEAD_TYPES)}")
     keys = ("medusa_num_heads", "medusa_num_layers", "hidden_size", "vocab_size")
-    for key in keys:
-        if not isinstance(config.get(key), int):
+    for key in (*keys, *(["medusa_rank"] if kind == "markov" else [])):
+        if not isinstance(config.get(key), int) or config[key] < (key != "medusa_num_layers"):
             raise BadInput(f"{directory / 'config.json'} has no number {key}: it is not a config of Medusa heads")
     draft = config.get("medusa_vocab_size")
     if draft is not None and not (isinstance(draft, int) and 0 < draft < config["vocab_size"]):
@@ -73,13 +86,11 @@ def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         state_dict = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
-    heads, layers, hidden = config["medusa_num_heads"], config["medusa_num_layers"], config["hidden_size"]
+    heads, layers, kind = (config[f"medusa_{name}"] for name in ("num_heads", "num_layers", "head_type"))
     draft = config.get("medusa_vocab_size")
-    expected = {f"{h}.{layers}.weight": [draft or config["vocab_size"], hidden] for h in range(heads)}
-    for h in range(heads):
-        for layer in range(layers):
-            expected[f"{h}.{layer}.linear.weight"] = [hidden, hidden]
-            expected[f"{h}.{layer}.linear.bias"] = [hidden]
+    with torch.device("meta"):  # names and shapes only
+        made = make_heads(MedusaConfig(**config)).state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in made.items()}
     if draft is not None:
         expected[TOKEN_MAP] = [draft]
     missing, extra = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
@@ -87,12 +98,13 @@ def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         if names:
             tokens = f"{config['vocab_size']} tokens" if draft is None else f"a draft vocabulary of {draft} tokens"
             raise BadInput(
-                f"{path} {problem} {min(names)} ({len(names)} such in all): it does not hold the {heads} heads of "
-                f"{layers} ResBlocks and {tokens} that the config.json beside it promises"
+                f"{path} {problem} {min(names)} ({len(names)} such in all): it does not hold the {heads} {kind} heads "
+                f"of {layers} ResBlocks and {tokens} that the config.json beside it promises"
             )
     for name, tensor in state_dict.items():
         if list(tensor.shape) != expected[name]:
-            raise BadInput(f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {expected[name]}")
+            says = f"{expected[name]}, for {kind} heads"
+            raise BadInput(f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {says}")
         if not tensor.isfinite().all():
             raise BadInput(f"{path}: {name} holds NaN or infinity: take the heads of an earlier checkpoint")
     if draft is not None:

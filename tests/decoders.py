@@ -8,60 +8,32 @@ import itertools
 import random
 
 import torch
-import torch.nn.functional as F
 from conftest import make_backbone, randomise
-from torch import nn
 
 from medusa_model import MedusaConfig, MedusaModel
-from model.heads import ResBlock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 9
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0, 3]]
 
 
-LOUD = 10  # so that guesses depend on the path as much as on the hidden state
+LOUD = 30  # so that guesses depend on the path as much as on the hidden state
 
 
-class LastToken(nn.Module):
-    """A head that reads the token before its guess, as an entry of a small table."""
-
-    reads_path, reads_embeds = True, False
-
-    def __init__(self, k, hidden_size, vocab_size, guessed):
-        super().__init__()
-        self.block, self.table = ResBlock(hidden_size), nn.Embedding(vocab_size, 5)
-        self.projection = nn.Linear(hidden_size + 5, guessed, bias=False)
-
-    def inputs(self, hidden, path):
-        assert path.embeds is None
-        return torch.cat([self.block(hidden), LOUD * self.table(path.ids[..., -1])], -1)
-
-
-class WholePath(nn.Module):
-    """A head that reads the embeddings of all tokens between its hidden state and its guess."""
-
-    reads_path, reads_embeds = True, True
-
-    def __init__(self, k, hidden_size, vocab_size, guessed):
-        super().__init__()
-        self.linear = nn.Linear((1 + k) * hidden_size, hidden_size)
-        self.projection = nn.Linear(hidden_size, guessed, bias=False)
-
-    def inputs(self, hidden, path):
-        return hidden + F.silu(self.linear(torch.cat([hidden, LOUD * path.embeds.flatten(-2)], -1)))
-
-
-def make_model(heads=3, tokens=None, kind=None, **kwargs) -> MedusaModel:
-    """tokens: the only ones that heads guess. kind: of the heads, if they read their path."""
+def make_model(heads=3, tokens=None, kind="medusa", **kwargs) -> MedusaModel:
+    """tokens: the only ones that heads guess. kind: of the heads."""
     model = MedusaModel.from_backbone(
         make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs),
-        MedusaConfig(medusa_num_heads=heads),
+        MedusaConfig(medusa_num_heads=heads, medusa_head_type=kind, medusa_rank=5),
         token_map=None if tokens is None else torch.tensor(tokens),
     )
-    for k in range(1, heads + 1) if kind else ():
-        model.medusa_heads[k - 1] = kind(k, model.config.hidden_size, VOCAB, len(tokens or range(VOCAB)))
     randomise(model.medusa_heads, 0.5)
+    for head in model.medusa_heads:
+        with torch.no_grad():
+            if kind == "markov":
+                head.table.mul_(LOUD)
+            elif kind == "hydra":
+                head[0].linear.weight[:, model.config.hidden_size :].mul_(LOUD)
     return model.eval().to(DEVICE)
 
 

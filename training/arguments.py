@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from common.errors import BadInput
 from conversations.options import parse_kwargs
+from model.path_heads import HEAD_TYPES
 from training.refusals import refuse, refuse_renamed
 
 
@@ -25,6 +26,17 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "The backbone: a Hub id or a local directory."})
     medusa_num_heads: int = field(default=5, metadata={"help": "K: head k predicts the token at t + k + 1."})
     medusa_num_layers: int = field(default=1, metadata={"help": "ResBlocks per head; 0 is a projection alone."})
+    medusa_head_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a head knows of the k tokens before its guess: medusa, nothing (default, or the type of "
+            "--medusa_heads_path); markov, the last one; hydra, all of them. docs/heads.md.",
+            "choices": [*HEAD_TYPES],
+        },
+    )
+    medusa_rank: int | None = field(
+        default=None, metadata={"help": "r of --medusa_head_type markov: numbers kept of each token (default: 256)."}
+    )
     medusa_heads_path: str | None = field(
         default=None,
         metadata={"help": "Start from these trained heads (a stage 1 output_dir): for stage 2, or more of stage 1."},

@@ -1,6 +1,7 @@
 """Builds the model that train.py's flags ask for: backbone, heads, frozen parts, kernels."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -15,6 +16,25 @@ from training.fsdp import reads_weights
 from training.states import check_model, fingerprint
 
 logger = logging.getLogger(__name__)
+
+
+def choose_head_type(model_args):
+    """Sets `medusa_head_type` and, of markov heads, `medusa_rank`: those of the heads that the run starts from, or
+    what the flags say. Raises BadInput if they differ, or for a rank of other heads."""
+    kind, rank, heads = model_args.medusa_head_type, model_args.medusa_rank, model_args.medusa_heads_path
+    if heads is not None and os.path.isdir(heads):  # a run that is resumed does without them
+        found = load_config(find_heads(heads)[0])
+        if kind not in (None, found["medusa_head_type"]):
+            raise BadInput(f"--medusa_head_type {kind}: the heads in {heads} are {found['medusa_head_type']} heads")
+        kind = found["medusa_head_type"]
+        if kind == "markov" and rank not in (None, found["medusa_rank"]):
+            raise BadInput(f"--medusa_rank {rank}: the heads in {heads} have {found['medusa_rank']}; leave it out")
+        rank = found["medusa_rank"] if kind == "markov" else rank
+    kind = kind or "medusa"
+    if rank is not None and kind != "markov":
+        raise BadInput(f"--medusa_rank {rank} is of --medusa_head_type markov, and these are {kind} heads")
+    model_args.medusa_head_type = kind
+    model_args.medusa_rank = rank or (MedusaConfig.medusa_rank if kind == "markov" else None)
 
 
 def build_model(
@@ -47,6 +67,8 @@ def build_model(
         MedusaConfig(
             medusa_num_heads=model_args.num_heads,
             medusa_num_layers=model_args.medusa_num_layers,
+            medusa_head_type=model_args.medusa_head_type,
+            medusa_rank=model_args.medusa_rank or MedusaConfig.medusa_rank,
         ),
         dtype=trainable,
         fill=reads,

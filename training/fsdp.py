@@ -44,8 +44,9 @@ def configure(plugin, model: MedusaModel):
 
     plugin: accelerate's FullyShardedDataParallelPlugin. Raises BadInput if heads would not be units.
     """
+    head = type(model.medusa_heads[0]).__name__ if len(model.medusa_heads) else None
     if not len(model.backbone.get_decoder().layers):  # with stored states there are none to name
-        plugin.transformer_cls_names_to_wrap = ["MedusaHead"]
+        plugin.transformer_cls_names_to_wrap = [head]
     names = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules or [])
     if plugin.auto_wrap_policy is None or "transformer" not in str(plugin.auto_wrap_policy):
         raise BadInput("fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: each decoder layer and head is a unit")
@@ -55,10 +56,10 @@ def configure(plugin, model: MedusaModel):
         layers = sorted({type(layer).__name__ for layer in model.backbone.get_decoder().layers})
         raise BadInput(
             f"fsdp_transformer_layer_cls_to_wrap names {missing[0]}, but the model has no such class: write "
-            f"{','.join([*layers, 'MedusaHead'])}, or leave it out"
+            f"{','.join([*layers, *([head] if head else [])])}, or leave it out"
         )
-    if len(model.medusa_heads) and "MedusaHead" not in names:
-        raise BadInput(f"fsdp_transformer_layer_cls_to_wrap is {','.join(names)}: add MedusaHead, or leave it out")
+    if head and head not in names:
+        raise BadInput(f"fsdp_transformer_layer_cls_to_wrap is {','.join(names)}: add {head}, or leave it out")
     if plugin.mixed_precision_policy is not None:
         # accelerate's policy would reduce gradients in bf16 and round each head's loss to bf16 (15.2 to 15.25).
         policy: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
@@ -81,7 +82,7 @@ def link_units(model: MedusaModel):
     """
     if not isinstance(model, FSDPModule):
         return
-    register_fsdp_forward_method(model, "last_hidden_state")
+    register_fsdp_forward_method(model, "read")
 
     def teacher_weight() -> torch.Tensor:
         gather(lm_head_unit(model))

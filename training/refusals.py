@@ -38,6 +38,18 @@ def refuse(model, data, training):
         (heads < 1, f"--medusa_num_heads {heads}: at least 1; for plain fine-tuning use --medusa_return False"),
         (model.medusa_num_layers < 0, f"--medusa_num_layers {model.medusa_num_layers}: 0 or more"),
         (
+            model.medusa_head_type == "hydra" and model.medusa_num_layers == 0,
+            "--medusa_num_layers 0: --medusa_head_type hydra needs 1, whose first ResBlock reads the tokens before",
+        ),
+        (
+            model.medusa_rank is not None and model.medusa_rank < 1,
+            f"--medusa_rank {model.medusa_rank}: at least 1",
+        ),
+        (
+            model.medusa_head_type not in (None, "medusa") and not model.medusa_return,
+            f"--medusa_head_type {model.medusa_head_type} is of heads, and --medusa_return False has none",
+        ),
+        (
             not model.medusa_return and stage_1,
             "--medusa_return False trains the backbone alone; it cannot go with --medusa_only_heads True",
         ),

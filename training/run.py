@@ -27,6 +27,8 @@ def describe(model_args, training_args) -> dict:
     return {
         "medusa_num_heads": model_args.num_heads,
         "medusa_num_layers": model_args.medusa_num_layers,
+        "medusa_head_type": model_args.medusa_head_type,
+        "medusa_rank": model_args.medusa_rank,
         "medusa_only_heads": training_args.medusa_only_heads,
         "medusa_loss": training_args.medusa_loss,
         "medusa_rows": training_args.medusa_rows,
@@ -88,8 +90,9 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
-    # Older checkpoints do not say the first two; the third is only said if it is reduced.
-    found = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_vocab_size": None} | found
+    # Older checkpoints do not say the first three; the others are only said if there are such.
+    older = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_head_type": "medusa"}
+    found = older | {"medusa_vocab_size": None, "medusa_rank": None} | found
     for key, value in asked.items():
         if key == "batch" and found[key] != value:
             raise BadInput(

@@ -128,14 +128,14 @@ class MedusaTrainer(CheckpointingTrainer):
             offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
         with self.accelerator.autocast(), offload:
             stored = inputs.get("hidden")  # --states_path
-            hidden = medusa.last_hidden_state(inputs["input_ids"], position_ids=position_ids, hidden=stored)
+            hidden, text = medusa.read(inputs["input_ids"], position_ids=position_ids, hidden=stored)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
         joint = []  # losses whose backward pass runs together with the backbone's
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
             with_backbone = k == 0 and fsdp.lm_head_in_root_unit(medusa)
             fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
             with self.accelerator.autocast():
-                out = medusa.head_loss(k, hidden if with_backbone else leaf, labels, position_ids)
+                out = medusa.head_loss(k, hidden if with_backbone else leaf, labels, text, position_ids)
             scaled = out.loss_sum * weights[k] / rows[k]
             if with_backbone:
                 joint.append(scaled)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from decoders import DEVICE, PROMPTS, VOCAB, LastToken, WholePath, bushy, decode, greedy, make_model, random_tree
+from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, greedy, make_model, random_tree
 
 from decoding import tree as draft_tree
 from decoding.decoder import Decoder
@@ -14,7 +14,7 @@ from decoding.sampling import Sampling
 from decoding.tree import chain, independent, layout
 from model.heads import Path
 
-both = pytest.mark.parametrize("kind", [LastToken, WholePath])
+both = pytest.mark.parametrize("kind", ["markov", "hydra"])
 FIVE = [0, 2, 3, 5, 8]  # a draft vocabulary
 
 
@@ -168,8 +168,8 @@ def test_heads_of_another_type_than_the_backbones(kind):
 def test_a_path_has_what_the_heads_read():
     ids = torch.tensor([[[1, 2], [3, 4]]], device=DEVICE)
     assert make_model().path(ids) is None
-    assert make_model(kind=LastToken).path(ids) == (ids, None)
-    model = make_model(kind=WholePath)
+    assert make_model(kind="markov").path(ids) == (ids, None)
+    model = make_model(kind="hydra")
     path = model.path(ids)
     assert (
         torch.equal(path.embeds, model.backbone.get_input_embeddings().weight[ids]) and not path.embeds.requires_grad

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from decoders import DEVICE, PROMPTS, VOCAB, LastToken, WholePath, bushy, decode, make_model
+from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, make_model
 
 from decoding.decoder import Decoder
 from decoding.sampling import Sampling
 
-kinds = pytest.mark.parametrize("kind", [None, LastToken, WholePath])
+kinds = pytest.mark.parametrize("kind", ["medusa", "markov", "hydra"])
 
 
 @kinds
