@@ -121,8 +121,10 @@ def main():
     def one(recipe: tuple[str, list[str]]):
         name, flags = recipe
         heads, seconds = train(options, name, flags)
-        row = {"recipe": name, "seconds": f"{seconds:.0f}"} | measure(options, heads) | {"flags": shlex.join(flags)}
-        with writing:
+        with writing:  # loading sets torch's default dtype for a moment, in all threads
+            row = (
+                {"recipe": name, "seconds": f"{seconds:.0f}"} | measure(options, heads) | {"flags": shlex.join(flags)}
+            )
             print(*(f"{key} {value}" for key, value in row.items() if key != "flags"), sep=", ", flush=True)
             append(options.out, row | source)
 

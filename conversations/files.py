@@ -16,7 +16,7 @@ from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pa
 
 from common.errors import BadInput, first_line
 from conversations.json_files import Lines, decode, in_lists, parse_lines, read_chunks, read_json
-from conversations.records import FIELDS, IDS
+from conversations.records import IDS, READ
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".csv")  # what is looked for in a directory
@@ -107,7 +107,7 @@ def read_rows(table: datasets.Dataset | datasets.IterableDataset) -> Iterator[di
     """The rows of a table, without the nulls that stand where a record does not have this field. Columns that nobody
     reads (pictures, say) are not decoded."""
     names = table.column_names or []
-    wanted = [name for name in names if name in FIELDS]
+    wanted = [name for name in names if name in READ]
     for row in table.select_columns(wanted or names[:1]):
         yield dict.fromkeys(names) | without_nulls(dict(row))
 

@@ -19,8 +19,9 @@ BELOW = ("input", "context")  # what may stand below a question
 ANSWER = ("response", "output", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
 IDS = ("prompt_ids", "answer_ids")
-OTHERS = ("history", "tools", "unfinished", "group")
-FIELDS = {*TURNS, *QUESTION, *BELOW, *ANSWER, *SYSTEM, *IDS, *OTHERS}  # all that are read
+OTHERS = ("history", "tools", "unfinished")
+FIELDS = {*TURNS, *QUESTION, *BELOW, *ANSWER, *SYSTEM, *IDS, *OTHERS}  # what a conversation is made of
+READ = {*FIELDS, "group"}  # all that are read
 
 
 def to_conversation(record: object, ask: bool = False) -> tuple[dict | None, str, list[str]]:

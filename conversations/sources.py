@@ -157,7 +157,7 @@ def _ahead(items: Iterator) -> Iterator:
 def _to_table(path, block: Lines | list, summary: Summary, ask: bool) -> pa.Table:
     """The usable conversations of a block, in its order. The summary counts all of its records."""
     plain = others = None
-    if isinstance(block, Lines) and (plain := read_plain(block.data)):
+    if isinstance(block, Lines) and not ask and (plain := read_plain(block.data)):  # prompts are few, and have a group
         others = _others(block.data, plain[0])
     if others is None:
         plain, others = None, list(enumerate(parse_lines(path, block) if isinstance(block, Lines) else block))

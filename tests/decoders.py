@@ -17,7 +17,7 @@ VOCAB = 9
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0, 3]]
 
 
-LOUD = 30  # so that guesses depend on the path as much as on the hidden state
+LOUD = 100  # so that guesses depend on the path as much as on the hidden state
 
 
 def make_model(heads=3, tokens=None, kind="medusa", **kwargs) -> MedusaModel:

@@ -225,6 +225,7 @@ CASES = {
     "best, stage 1": STAGE_1 | BEST,
     "best, stage 2": STAGE_2 | BEST,
     "kl, stage 1": STAGE_1 | BEST | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},  # with evaluation
+    "all rows": STAGE_1 | {"--medusa_loss": "kl", "--medusa_rows": "all"},
     "kl, stage 2": STAGE_2 | {"--medusa_loss": "kl"},
     "states": STAGE_1 | STATES,
     "states, accumulation": STAGE_1 | STATES | {"--gradient_accumulation_steps": 2},

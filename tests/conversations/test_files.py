@@ -20,7 +20,7 @@ FILES = {
     "lines": f"\n{FIRST}\n\n{SECOND}",
     "lines of DOS": f"{FIRST}\r\n{SECOND}\r\n",
     "objects": "\n".join(json.dumps(record, indent=2) for record in GOOD),
-    "wrapped": json.dumps({"version": 1, "data": GOOD}),
+    "wrapped": json.dumps({"version": 1, "group": "mt", "data": GOOD}),
     "wrapped and indented": json.dumps({"data": GOOD}, indent=1) + "\n",
     "UTF-8 with a mark": f"\ufeff{FIRST}\n{SECOND}",
 }
