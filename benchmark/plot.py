@@ -34,7 +34,7 @@ KINDS = {  # column drawn, other column needed, title, y axis, number format
 
 def is_drawn(kind: str, row: dict) -> bool:
     """Whether a row was measured under the conditions that the pictures state."""
-    if row.get("medusa_vocab_size"):  # older files do not have the column
+    if row.get("medusa_vocab_size") or row.get("head_type", "medusa") != "medusa":  # older files lack these columns
         return False
     if kind == "memory":
         return (row["options"], row["batch_size"], row["world_size"]) == ("fsdp2", "4", "8")

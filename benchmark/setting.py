@@ -24,6 +24,7 @@ from common import provenance
 from medusa_model import MedusaConfig, MedusaModel
 from model import loss as head_loss
 from model.heads import ResBlock
+from model.path_heads import MarkovHead
 from training.states import StoredRows, checksum, open_shard
 from training.trainer import MedusaTrainer
 
@@ -85,12 +86,19 @@ def without_liger():
 
 
 def random_model(
-    shape: dict, heads: int, stage: int, dtype: torch.dtype, device: torch.device, draft: int | None = None
+    shape: dict,
+    heads: int,
+    stage: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    draft: int | None = None,
+    kind: str = "medusa",
 ) -> MedusaModel:
     """A MedusaModel with random weights, made on `device`, the same for the same arguments. draft: how many tokens the
-    heads guess.
+    heads guess. kind: their type.
 
-    The ResBlocks are random too. Heads start with zero ones, and then leaving one out would not show.
+    The ResBlocks, and what heads keep of tokens, are random too. Heads start with zero ones, and then leaving one out
+    would not show.
     """
     without_liger()
     set_seed(0)
@@ -98,12 +106,14 @@ def random_model(
         backbone = AutoModelForCausalLM.from_config(
             LlamaConfig(**shape), dtype=torch.bfloat16 if stage == 1 else dtype
         )
-        config, tokens = MedusaConfig(medusa_num_heads=heads), draft_tokens(shape, draft)
+        config, tokens = MedusaConfig(medusa_num_heads=heads, medusa_head_type=kind), draft_tokens(shape, draft)
         model = MedusaModel.from_backbone(backbone, config, dtype=dtype, token_map=tokens)
     with torch.no_grad():
         for module in model.medusa_heads.modules():
             if isinstance(module, ResBlock):
                 module.linear.weight.normal_(std=shape["hidden_size"] ** -0.5)
+            if isinstance(module, MarkovHead):
+                module.table.normal_()
     if stage == 1:
         model.freeze_backbone()
     return model

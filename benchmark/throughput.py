@@ -34,6 +34,7 @@ from conversations.sources import load_conversations
 from conversations.summary import Summary
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
+from model.path_heads import HEAD_TYPES
 from training.arguments import TrainingArguments
 
 # The largest relative difference in bf16 between implementations that do the same work. The last loss depends on all
@@ -125,9 +126,9 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         disable_tqdm=True,
         dataloader_num_workers=0 if data == "random" else 4,
     )
-    draft, shape = options.medusa_vocab_size, options.shape
+    draft, kind, shape = options.medusa_vocab_size, options.medusa_head_type, options.shape
     shape = shape | {"num_hidden_layers": 0} if data == "stored states" else shape
-    model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft)
+    model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft, kind)
     setting.choose_implementation(model, implementation, device)
     if options.fp8_backbone:
         from training.fp8 import use_fp8
@@ -229,6 +230,7 @@ def main():
         help="stage 2, ours: --gradient_checkpointing_layers for each of --lengths (default: all layers; 0: none)",
     )
     parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
+    parser.add_argument("--medusa_head_type", choices=HEAD_TYPES, default="medusa")
     parser.add_argument("--fp8_backbone", action="store_true", help="stage 1: as train.py's flag")
     parser.add_argument(
         "--stored_states", type=Path, help="stage 1: a directory to store hidden states in, and train from"
@@ -279,8 +281,8 @@ def main():
                     if options.stage == 2:
                         what = f"{recomputed} of {layers} layers recomputed"
                     row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size, "length": length}
-                    row |= {"medusa_vocab_size": options.medusa_vocab_size or ""}
-                    row |= {"data": data, "implementation": implementation, "options": what}
+                    row |= {"medusa_vocab_size": options.medusa_vocab_size or "", "data": data}
+                    row |= {"head_type": options.medusa_head_type, "implementation": implementation, "options": what}
                     row |= figures | everywhere
                     setting.append(options.out, row)
                     measured.append(row)

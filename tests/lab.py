@@ -58,10 +58,12 @@ class Lab:
         for name, tied in (("model", False), ("tied", True)):
             make_backbone(tied=tied).save_pretrained(root / name)
             make_tokenizer("llama3").save_pretrained(root / name)
-        model = MedusaModel.from_backbone(make_backbone(), MedusaConfig(medusa_num_heads=2))
-        model.freeze_backbone()
-        randomise(model.medusa_heads)
-        model.save_pretrained(root / "heads")
+        for kind, name in (("medusa", "heads"), ("markov", "markov-heads"), ("hydra", "hydra-heads")):
+            config = MedusaConfig(medusa_num_heads=2, medusa_head_type=kind, medusa_rank=8)
+            model = MedusaModel.from_backbone(make_backbone(), config)
+            model.freeze_backbone()
+            randomise(model.medusa_heads)
+            model.save_pretrained(root / name)
         # 38 to train on, 5 to evaluate on. 38 = 4 x 8 + 6: the second rank's last batch of an epoch is half empty.
         write_jsonl(root / "chats.jsonl", make_conversations(43))
         write_jsonl(root / "other.jsonl", make_conversations(43, seed=1))
@@ -202,6 +204,8 @@ STATES = {"--states_path": "model-states", "--data_path": None, "--eval_holdout"
 TIED_STATES = STATES | {"--model_name_or_path": "tied", "--states_path": "tied-states"}
 BEST = {"--load_best_model_at_end": True, "--greater_is_better": True}  # the highest loss, so that it is not the last
 FEW_TOKENS = {"--medusa_vocab_size": 24, "--medusa_heads_path": None}
+MARKOV = {"--medusa_head_type": "markov", "--medusa_rank": 8, "--medusa_heads_path": "markov-heads"}
+HYDRA = {"--medusa_head_type": "hydra", "--medusa_heads_path": "hydra-heads"}
 CASES = {
     "stage 1": STAGE_1,
     "stage 2": STAGE_2,
@@ -236,6 +240,18 @@ CASES = {
     "few tokens, stage 1": STAGE_1 | BEST | FEW_TOKENS,
     "few tokens, stage 2": STAGE_2 | FEW_TOKENS | {"--medusa_loss": "kl"},
     "few tokens, tied, stage 2": STAGE_2 | FEW_TOKENS | {"--model_name_or_path": "tied"},
+    "markov, stage 1": STAGE_1 | MARKOV | BEST,
+    "markov, stage 2": STAGE_2 | MARKOV | {"--medusa_loss": "kl"},
+    "markov, fresh": STAGE_1 | MARKOV | {"--medusa_heads_path": None},
+    "markov, states": STAGE_1 | MARKOV | STATES | BEST,
+    "hydra, stage 1": STAGE_1 | HYDRA | BEST,
+    "hydra, stage 2": STAGE_2 | HYDRA | {"--gradient_accumulation_steps": 2},
+    "hydra, tied, stage 2": STAGE_2 | HYDRA | {"--medusa_loss": "kl", "--model_name_or_path": "tied"},
+    "hydra, no rows": STAGE_2 | NO_ROWS | {"--medusa_head_type": "hydra"},
+    "hydra, packing": STAGE_1 | HYDRA | {"--packing": True, "--model_max_length": 96},
+    "hydra, few tokens": STAGE_1 | HYDRA | FEW_TOKENS | {"--medusa_loss": "lk", "--medusa_heads_coefficient": 2},
+    "hydra, states": STAGE_1 | HYDRA | STATES | BEST,
+    "hydra, states, tied": STAGE_1 | HYDRA | TIED_STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
 }
 NO_DIFFERENCE = dict.fromkeys(
     ("checkpointing", "some recomputed", "offload"), "stage 2"

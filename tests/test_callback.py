@@ -90,18 +90,33 @@ def test_flops_of_a_draft_vocabulary(kind, products):
     assert FlopCount.of(model).per_row == [6 * 320 * 32, *[products * 40 * 32 + 6 * (32 * 32 + 32)] * 2]
 
 
+def test_flops_of_heads_that_read_their_path():
+    """Embeddings need no gradient; a table is looked up; a teacher is as wide as the hidden state."""
+    flops = {}
+    for kind in ("markov", "hydra"):
+        config = MedusaConfig(medusa_num_heads=2, medusa_head_type=kind, medusa_rank=8)
+        model = MedusaModel.from_backbone(make_backbone(), config)
+        model.medusa_loss = "kl"
+        flops[kind] = FlopCount.of(model).per_row[1:]
+    block, projection, teacher = 6 * (32 * 32 + 32), 6 * 320 * 32, 2 * 320 * 32
+    assert flops["markov"] == [block + projection + 6 * 320 * 8 + teacher] * 2
+    assert flops["hydra"] == [block + 4 * k * 32 * 32 + projection + teacher for k in (1, 2)]
+
+
 def test_flops_of_a_step_by_hand():
     flops = FlopCount(per_token=10.0, per_pair=3.0, per_row=[1000.0, 100.0], backbone_passes=3)
     assert flops.step(rows=[2, 7], tokens=5, pairs=11) == 3 * (10 * 5 + 3 * 11) + 2 * 1000 + 7 * 100
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2])
-def test_flops_equal_those_torch_counts(layers):
+@pytest.mark.parametrize(
+    ("layers", "kind"), [(0, "medusa"), (1, "medusa"), (2, "medusa"), (1, "markov"), (2, "markov"), (2, "hydra")]
+)
+def test_flops_equal_those_torch_counts(layers, kind):
     """Stage 2, every token a row. Eager attention multiplies all T x T pairs, the causal half that we call useful and
     the other one, so it is compared on T x T pairs, and apart: its products are the only batched ones (bmm). Torch
     does not count the addition of a bias, we count 6 a row and bias as for any other weight."""
     batch, length, heads, hidden = 2, 16, 3, 32
-    config = MedusaConfig(medusa_num_heads=heads, medusa_num_layers=layers)
+    config = MedusaConfig(medusa_num_heads=heads, medusa_num_layers=layers, medusa_head_type=kind)
     model = MedusaModel.from_backbone(make_backbone(attn_implementation="eager"), config)
     ids = torch.randint(320, (batch, length))
     with FlopCounterMode(display=False) as counter:

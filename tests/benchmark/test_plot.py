@@ -74,9 +74,10 @@ def test_the_fastest_without_fp8_counts(seen):
     assert caption.endswith("one GPU, bf16, AdamW, gradient checkpointing\nthis project: 16 of 32 layers recomputed")
 
 
-def test_heads_of_fewer_tokens_are_not_drawn(seen):
-    rows = [row | {"medusa_vocab_size": ""} for row in throughput(2, 5, "ours", 100)]
-    rows += [row | {"medusa_vocab_size": "32000"} for row in throughput(2, 5, "ours", 200)]
+def test_other_heads_are_not_drawn(seen):
+    rows = [row | {"medusa_vocab_size": "", "head_type": "medusa"} for row in throughput(2, 5, "ours", 100)]
+    rows += [row | {"medusa_vocab_size": "32000", "head_type": "medusa"} for row in throughput(2, 5, "ours", 200)]
+    rows += [row | {"medusa_vocab_size": "", "head_type": "hydra"} for row in throughput(2, 5, "ours", 300)]
     assert seen("throughput", rows, "2", "5")[0] == [[], [], [100]]
 
 

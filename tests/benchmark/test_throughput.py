@@ -77,6 +77,19 @@ def test_heads_of_fewer_tokens(stage, bench):
     assert {token for row in data for token in row["labels"]} <= set(range(0, 320, 8))
 
 
+@pytest.mark.parametrize("kind", ["markov", "hydra"])
+def test_heads_of_other_types(kind, bench):
+    """The three agree; what is useful is more than with medusa heads."""
+    flags = ("--stage", 2, "--implementations", "hf", "ours")
+    rows, medusa = bench(*flags, "--medusa_head_type", kind), bench(*flags)[4:]
+    assert [row["head_type"] for row in rows + medusa] == [kind] * 4 + ["medusa"] * 4
+    work = [[float(row["useful_tflops"]) * float(row["step_time_s"]) for row in some] for some in (rows, medusa)]
+    assert all(a >= b >= 0 for a, b in zip(*work, strict=True))
+    losses = [float(row["first_loss"]) for row in rows]
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-3)
+    assert losses[0] != float(medusa[0]["first_loss"])
+
+
 def test_a_head_without_its_resblocks_is_noticed(bench, monkeypatch):
     def bypassed(self, hidden, targets=None, impl="torch", softcap=None, teacher=None, text=None):
         return heads.projection_loss(hidden.bfloat16(), targets, self[-1].weight, impl, softcap)

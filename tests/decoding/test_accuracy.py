@@ -9,6 +9,7 @@ from conversations.targets import IGNORE
 from decoding import accuracy
 from decoding.acceptance import NO_TOKEN, TOP, acceptance, right_path
 from medusa_model import MedusaConfig, MedusaModel
+from model.path_heads import HEAD_TYPES
 
 HEADS = 3
 
@@ -18,9 +19,9 @@ def hits(logits, targets, n):
     return (logits.topk(n).indices == targets[:, None]).any(1).sum().item()
 
 
-def make_model(heads_std=None, tokens=None, **kwargs):
+def make_model(heads_std=None, tokens=None, kind="medusa", **kwargs):
     """In float64, so that no two logits tie and no order of summation changes a rank. tokens: what heads guess."""
-    backbone, config = make_backbone(**kwargs).double(), MedusaConfig(medusa_num_heads=HEADS)
+    backbone, config = make_backbone(**kwargs).double(), MedusaConfig(medusa_num_heads=HEADS, medusa_head_type=kind)
     model = MedusaModel.from_backbone(backbone, config, token_map=tokens).eval()
     if heads_std:
         randomise(model.medusa_heads, heads_std)
@@ -54,15 +55,18 @@ def test_ranks_are_places_in_the_order_of_all_logits(rows):
     assert accuracy.shares(counts)[0] == [hits(logits, targets, n) / max(1, rows) for n in range(1, TOP + 1)]
 
 
-def test_untrained_heads_are_what_they_were_before():
-    result = accuracy.reference_text(make_model(), make_batches())
+@pytest.mark.parametrize("kind", HEAD_TYPES)
+def test_untrained_heads_are_what_they_were_before(kind):
+    result = accuracy.reference_text(make_model(kind=kind), make_batches())
     assert result["top"] == result["before"]
     assert all(before[-1] > 0 for before in result["before"])  # not equal because both are nothing
 
 
+@pytest.mark.parametrize("kind", HEAD_TYPES)
 @pytest.mark.parametrize("tokens", [None, torch.arange(5, 320, 5)])
-def test_equals_a_direct_computation(tokens):
-    model, batches = make_model(0.2, tokens), make_batches()
+def test_equals_a_direct_computation(tokens, kind):
+    """Heads that read the path to their guess are given the text's, as the model's own forward gives it."""
+    model, batches = make_model(0.2, tokens, kind), make_batches()
     result = accuracy.reference_text(model, batches)
     for k in range(HEADS + 1):
         guesses, copies, targets = [], [], []
@@ -81,7 +85,8 @@ def test_equals_a_direct_computation(tokens):
 
 
 def ranks_by_hand(model, prompt, answer):
-    """The table `own_ranks` should give for one conversation, from all logits of the whole text."""
+    """The table `own_ranks` should give for one conversation, from all logits of the whole text. (They follow its true
+    path: tests/model/test_path_heads.py.)"""
     text = prompt + answer
     with torch.no_grad():
         logits = model(torch.tensor([text])).logits[:, 0]
@@ -97,15 +102,22 @@ def ranks_by_hand(model, prompt, answer):
     ]
 
 
-@pytest.fixture(params=[None, (2, 3, 5, 8, 12)], ids=["all tokens", "some"])
+SOME = (2, 3, 5, 8, 12)
+
+
+@pytest.fixture(
+    params=[(None, "medusa"), (SOME, "medusa"), (None, "hydra"), (SOME, "markov")],
+    ids=["all tokens", "some", "hydra", "markov, some"],
+)
 def answered(request):
     """-> a model with so few tokens that its heads are often right, 11 prompts of uneven lengths, and answers."""
     prompts, answers = (
         [torch.randint(14, (int(length),)).tolist() for length in torch.randint(low, 24, (11,))] for low in (3, 1)
     )
     prompts[4], answers[4], answers[5] = prompts[4] + [0] * 60, answers[4][:1], answers[5] + answers[6] * 3
-    tokens = None if request.param is None else torch.tensor(request.param)
-    return make_model(0.2, tokens, vocab_size=14), prompts, answers
+    tokens, kind = request.param
+    tokens = None if tokens is None else torch.tensor(tokens)
+    return make_model(0.2, tokens, kind, vocab_size=14), prompts, answers
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20])

@@ -174,6 +174,59 @@ def test_a_draft_vocabulary_is_a_part_of_the_whole(reduced, size):
         MedusaModel.from_pretrained(reduced)
 
 
+@pytest.fixture(params=["markov", "hydra"])
+def reading(saved, request):
+    """`saved`, with heads that read the path to their guess. -> (their type, the directory)"""
+    model, directory = saved
+    config = MedusaConfig(medusa_num_heads=2, medusa_head_type=request.param, medusa_rank=5)
+    model = MedusaModel.from_backbone(model.backbone, config)
+    randomise(model.medusa_heads)
+    model.save_pretrained(directory, include_backbone=False)
+    return request.param, directory
+
+
+def test_heads_of_another_type_than_the_config_says(reading, saved):
+    kind, directory = reading
+    config = json.loads((directory / "config.json").read_text())
+    messages = {
+        ("markov", "medusa"): r"has an unexpected tensor 0\.table .* the 2 medusa heads",
+        ("markov", "hydra"): r"has an unexpected tensor 0\.table .* the 2 hydra heads",
+        ("hydra", "medusa"): r"linear\.weight has shape \[32, ..\], but .* says \[32, 32\], for medusa heads",
+        ("hydra", "markov"): r"lacks tensor 0\.table .* the 2 markov heads",
+    }
+    for other in {"medusa", "markov", "hydra"} - {kind}:
+        (directory / "config.json").write_text(json.dumps(config | {"medusa_head_type": other, "medusa_rank": 5}))
+        with pytest.raises(BadInput, match=messages[kind, other]):
+            MedusaModel.from_pretrained(directory)
+    del config["medusa_head_type"]  # as it is without one: medusa
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=messages[kind, "medusa"]):
+        MedusaModel.from_pretrained(directory)
+    if kind == "markov":
+        (directory / "config.json").write_text(json.dumps(config | {"medusa_head_type": kind, "medusa_rank": 6}))
+        with pytest.raises(BadInput, match=r"has shape \[90, .*\], but config.json says \[90, .*\], for markov heads"):
+            MedusaModel.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"medusa_head_type": "eagle"}, "medusa_head_type eagle is not one of medusa, markov, hydra"),
+        ({"medusa_head_type": ["hydra"]}, "is not one of medusa"),
+        ({"medusa_head_type": "markov", "medusa_rank": None}, "has no number medusa_rank"),
+        ({"medusa_head_type": "markov", "medusa_rank": 0}, "has no number medusa_rank"),
+        ({"medusa_head_type": "hydra", "medusa_num_layers": 0}, "hydra heads of 0 ResBlocks"),
+        ({"medusa_num_layers": -1}, "has no number medusa_num_layers"),
+    ],
+)
+def test_a_type_that_cannot_be(reading, change, message):
+    _kind, directory = reading
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BadInput, match=message):
+        MedusaModel.from_pretrained(directory)
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"medusa_num_heads": "two"}'])
 def test_a_broken_config_is_refused(saved, text):
     (saved[1] / "config.json").write_text(text)

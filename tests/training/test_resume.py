@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import logged, saved_state, weights
-from lab import CASES, HSDP, STAGE_1, STAGE_2, STATES, STEPS, Run, assert_close, assert_identical
+from lab import CASES, HSDP, HYDRA, STAGE_1, STAGE_2, STATES, STEPS, Run, assert_close, assert_identical
 
 from common.errors import BadInput
 
@@ -47,6 +47,10 @@ pytestmark = pytest.mark.processes
         ("DDP", "DDP", "stage 2", 6),
         ("DDP", "FSDP2", "stage 1", 6),
         (HSDP, "FSDP2", "stage 2", 3),
+        ("FSDP2", "FSDP2", "markov, fresh", 3),
+        ("FSDP2", "one process", "markov, stage 2", 6),
+        ("FSDP2", "FSDP2", "hydra, packing", 3),
+        ("FSDP1", "FSDP2", "hydra, stage 2", 3),
     ],
 )
 def test_resumed_equals_never_stopped(before, after, case, step, lab):
@@ -117,6 +121,11 @@ def assert_one_line(run: Run, text: str):
 )
 def test_units_that_would_not_be_heads_and_layers(environment, text, lab):
     assert_one_line(lab.launch("FSDP2", STAGE_1, environment=environment), text)
+
+
+def test_heads_of_another_type_are_units_of_another_name(lab):
+    run = lab.launch("FSDP2", HYDRA, environment={"FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,MedusaHead"})
+    assert_one_line(run, "MedusaHead, but the model has no such class: write LlamaDecoderLayer,HydraHead, or leave it")
 
 
 def test_an_optimiser_that_cannot_have_shards(lab):
