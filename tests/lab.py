@@ -232,7 +232,7 @@ CASES = {
     "kl, stage 2": STAGE_2 | {"--medusa_loss": "kl"},
     "states": STAGE_1 | STATES,
     "states, accumulation": STAGE_1 | STATES | {"--gradient_accumulation_steps": 2},
-    "states, few tokens": STAGE_1 | STATES | {"--medusa_vocab_size": 40},
+    "states, few tokens": STAGE_1 | STATES | FEW_TOKENS,
     "states, kl": STAGE_1 | STATES | BEST | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
     "states, kl, tied": STAGE_1 | TIED_STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
     "kl, tied, stage 2": STAGE_2 | {"--medusa_loss": "kl", "--model_name_or_path": "tied"},
