@@ -46,13 +46,13 @@ def test_a_prompt_that_the_template_refuses_is_left_out(caplog):
     assert "left out 1 of 2 prompts" in caplog.text
 
 
-@pytest.fixture(params=["stage1", "stage2", "untrained", "few_tokens"])
+@pytest.fixture(params=["stage1", "stage2", "untrained", "few_tokens", "hydra"])
 def heads_dir(request, model_dir, tmp_path):
     """What train.py leaves behind: heads (and the backbone, in stage 2) and the tokenizer."""
     GenerationConfig(eos_token_id=ENDS).save_pretrained(model_dir)
     model = MedusaModel.from_backbone(
         AutoModelForCausalLM.from_pretrained(model_dir),
-        MedusaConfig(medusa_num_heads=HEADS),
+        MedusaConfig(medusa_num_heads=HEADS, medusa_head_type="hydra" if request.param == "hydra" else "medusa"),
         token_map=torch.arange(1, 320, 4) if request.param == "few_tokens" else None,
     )
     if request.param != "untrained":
