@@ -95,13 +95,16 @@ class StoreArguments:
 
 @contextlib.contextmanager
 def together():
-    """All processes end this block together. If one fails in it, the others raise its sentence: they would wait."""
+    """All processes end this block together. If one fails in it, the others raise BadInput: they would wait for it."""
     failed = None
     try:
         yield
     except Exception as error:
         failed = error
-    sentences = gather_object([failed and (str(failed) if isinstance(failed, BadInput) else repr(failed))])
+    sentence = failed and str(failed)
+    if failed and not isinstance(failed, BadInput):
+        sentence = f"process {PartialState().process_index} ended with {type(failed).__name__}: {first_line(failed)}"
+    sentences = gather_object([sentence])
     if failed is not None:
         raise failed
     if found := next(filter(None, sentences), None):

@@ -249,10 +249,9 @@ def main():
         parser.error(f"there is no directory --stored_states {options.stored_states}")
     if options.trace and not torch.cuda.is_available():
         parser.error("--trace needs a GPU")
-    options.recomputed_layers = options.recomputed_layers or [options.shape["num_hidden_layers"]] * len(
-        options.lengths
-    )
-    if len(options.recomputed_layers) != len(options.lengths):
+    layers, count = options.shape["num_hidden_layers"], len(options.lengths)
+    options.recomputed_layers = options.recomputed_layers or [layers] * count
+    if len(options.recomputed_layers) != count:
         parser.error("--recomputed_layers needs one number for each of --lengths")
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)

@@ -126,6 +126,18 @@ def test_states_that_are_no_numbers_are_not_stored(value, store, monkeypatch, tm
     assert contents(tmp_path / "states").keys() == {"plan.json", *(f"train/0000{i}.safetensors" for i in range(2))}
 
 
+def test_an_error_of_one_process_is_a_sentence_to_the_others(monkeypatch):
+    said = []
+    monkeypatch.setattr(store_states, "gather_object", lambda found: said.extend(found) or ["b", *found])
+    with pytest.raises(KeyError), store_states.together():
+        raise KeyError("a")
+    with pytest.raises(BadInput, match="c"), store_states.together():
+        raise BadInput("c")
+    with pytest.raises(BadInput, match="b"), store_states.together():
+        pass
+    assert said == ["process 0 ended with KeyError: 'a'", "c", None]
+
+
 # ---- refused ----
 
 

@@ -73,7 +73,7 @@ def test_heads_of_fewer_tokens(stage, bench):
 
 
 def test_a_head_without_its_resblocks_is_noticed(bench, monkeypatch):
-    def bypassed(self, hidden, targets=None, impl="torch", softcap=None, teacher=None):
+    def bypassed(self, hidden, targets=None, impl="torch", softcap=None, teacher=None, text=None):
         return heads.projection_loss(hidden.bfloat16(), targets, self[-1].weight, impl, softcap)
 
     train = throughput.train
