@@ -282,3 +282,11 @@ def test_on_the_next_day_it_goes_on_with_the_template_of_the_first(store, tmp_pa
     assert contents(states) == before
     store("--chat_template", template, output="new")
     assert read_index(tmp_path / "new")["date"] == "2031-01-02"
+
+
+def test_the_day_is_that_of_the_first_process(store, monkeypatch):
+    def gather(found):
+        return [datetime.date(2031, 1, 2), *found] if isinstance(found[0], datetime.date) else found
+
+    monkeypatch.setattr(store_states, "gather_object", gather)
+    assert read_index(store())["date"] == "2031-01-02"
