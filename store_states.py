@@ -10,6 +10,7 @@ more. Run again with the same flags, it goes on after the last whole file. Launc
 (`accelerate launch`), they take files in turn. training/states.py says what is in the files.
 """
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -23,13 +24,14 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import errors, provenance, terminal
 from common.errors import BadInput, first_line
-from common.files import read_json, write_atomically
+from common.files import write_atomically
 from conversations.batches import Collator
 from conversations.options import parse_kwargs
 from conversations.template import ChatTemplate
@@ -40,8 +42,9 @@ from training.arguments import ConversationArguments, DataArguments, ModelArgume
 from training.build import check_sizes
 from training.data import load_data
 from training.refusals import about_conversations, refuse_first
-from training.states import INDEX, PARTS, PLAN, checksum, open_shard, write_json
-from training.store_plan import all_shards, check_disk, check_plan, make_plan, missing
+from training.run import check_same
+from training.states import INDEX, PARTS, PLAN, checksum, open_shard, read_plan, write_json
+from training.store_plan import all_shards, begun, check_disk, check_plan, make_plan, missing
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +80,35 @@ class StoreArguments:
     def num_heads(self) -> int:
         return self.medusa_num_heads
 
+    @contextlib.contextmanager
     def main_process_first(self, desc: str):
-        return PartialState().main_process_first()
+        """As accelerate's, whose other processes would wait for ever if the first one fails."""
+        state = PartialState()
+        if not state.is_main_process:
+            state.wait_for_everyone()
+        try:
+            yield
+        finally:
+            if state.is_main_process:
+                state.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def together():
+    """All processes end this block together. If one fails in it, the others raise BadInput: they would wait for it."""
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    sentence = failed and str(failed)
+    if failed and not isinstance(failed, BadInput):
+        sentence = f"process {PartialState().process_index} ended with {type(failed).__name__}: {first_line(failed)}"
+    sentences = gather_object([sentence])
+    if failed is not None:
+        raise failed
+    if found := next(filter(None, sentences), None):
+        raise BadInput(found)
 
 
 def parse(argv: list[str]) -> tuple[StoreArguments, DataArguments]:
@@ -128,28 +158,50 @@ def compute(model: MedusaModel, rows: list[dict], collate: Collator, batch_size:
     return {"hidden": hidden} | {key: column.to(torch.int32) for key, column in columns.items()}
 
 
-def write(path: Path, tensors: dict):
+@contextlib.contextmanager
+def writing(path: Path):
+    """An error of the disk is a BadInput, and nothing half-written stays."""
     try:
-        write_atomically(path, partial(save_file, tensors, metadata={"format": "pt"}))
+        yield
     except (OSError, SafetensorError) as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         raise BadInput(
             f"could not write {path}: {first_line(error)}. Files before it are whole: the same command goes on"
         ) from error
 
 
-def store_all(model: MedusaModel, output: Path, mine: list[tuple], collate: Collator, batch_size: int):
-    """Writes shards: pairs of a shard and its rows. One is written while the next is computed."""
+def write(path: Path, tensors: dict):
+    """Raises BadInput, and writes nothing, if a state is NaN or infinite, or if the disk refuses."""
+    low, high = tensors["hidden"].aminmax(dim=1)  # NaN if there is one; no copy of a gigabyte
+    if len(bad := (~(low.isfinite() & high.isfinite())).nonzero()):
+        row = int(torch.searchsorted(tensors["lengths"].cumsum(0), bad[0], right=True))
+        raise BadInput(
+            f"the hidden states of {len(bad)} tokens of {path.parent.name}/{path.name} are NaN or infinite, the first "
+            f"in row {row} of that file, which was not written: the model computes them in "
+            f"{str(tensors['hidden'].dtype)[6:]}; try another --dtype, or look at the model"
+        )
+    with writing(path):
+        write_atomically(path, partial(save_file, tensors, metadata={"format": "pt"}))
+
+
+def store_all(model: MedusaModel | None, output: Path, mine: list[tuple], most: int, collate: Collator, batch_size):
+    """Writes shards: pairs of a shard and its rows. One is written while the next is computed. Processes meet after
+    each of `most` shards, the most that one of them has: if one fails, none goes on for hours."""
     silent = None if PartialState().is_main_process else True  # None: on a terminal only
     total, written = sum(shard["tokens"] for shard, _ in mine), Future[None]()
     written.set_result(None)
     with ThreadPoolExecutor(1) as pool, tqdm(total=total, unit="token", unit_scale=True, disable=silent) as bar:
-        for number, (shard, rows) in enumerate(mine, 1):
-            tensors = compute(model, list(rows), collate, batch_size, bar)
+        for number in range(most):
+            with together():
+                if model is not None and number < len(mine):
+                    shard, rows = mine[number]
+                    tensors = compute(model, list(rows), collate, batch_size, bar)
+                    written.result()
+                    written = pool.submit(write, output / shard["file"], tensors)
+                    logger.info("%s: %d of %d files", shard["file"], number + 1, len(mine))
+        with together():
             written.result()
-            written = pool.submit(write, output / shard["file"], tensors)
-            logger.info("%s: %d of %d files", shard["file"], number, len(mine))
-        written.result()
 
 
 def with_rows(plan: dict, rows: dict) -> Iterator[tuple]:
@@ -161,19 +213,23 @@ def with_rows(plan: dict, rows: dict) -> Iterator[tuple]:
 
 
 def begin(output: Path, plan: dict, left: list[str]):
-    """Writes the plan; deletes what is damaged, so that it is made anew even if this run is killed too."""
-    for file in left:
-        (output / file).parent.mkdir(parents=True, exist_ok=True)
-        (output / file).unlink(missing_ok=True)
-    (output / INDEX).unlink(missing_ok=True)
-    write_json(output / PLAN, plan)
+    """Writes the plan, first of all: without it, a later run would not know the directory. Then deletes what is
+    damaged, and at last the index, which tells it: so it is made anew even if this run is killed too."""
+    with writing(output / PLAN):
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / PLAN, plan)
+        for file in left:
+            (output / file).parent.mkdir(exist_ok=True)
+            (output / file).unlink(missing_ok=True)
+        (output / INDEX).unlink(missing_ok=True)
 
 
 def finish(output: Path, plan: dict):
     """Writes the index, with the checksum of every shard."""
     for shard in all_shards(plan):
         shard["checksum"] = checksum(open_shard(output / shard["file"], shard, plan))
-    write_json(output / INDEX, plan | {"versions": provenance.versions()})
+    with writing(output / INDEX):
+        write_json(output / INDEX, plan | {"versions": provenance.versions()})
 
 
 def main():
@@ -182,40 +238,50 @@ def main():
     # Rank 0 tokenises before the others: that may take hours, and they wait.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     output, name = Path(store.output), store.model_name_or_path
-    before = read_json(output / PLAN) if (output / PLAN).is_file() else {}
-    if not before and output.exists() and any(output.iterdir()):
-        raise BadInput(f"{output} is not empty, and store_states.py did not write it: choose another --output")
-    date = Date.fromisoformat(before["date"]) if before else Date.today()  # for templates that print it
     where = {"cache_dir": store.cache_dir, "trust_remote_code": store.trust_remote_code}
-    config = load_backbone_config(name, **where)
-    tokenizer = load_tokenizer(name, store.chat_template, **where)
-    chat = ChatTemplate(tokenizer, load_stops(name, **where), parse_kwargs(store.chat_template_kwargs), date)
-    parts = zip(PARTS, load_data(store, data_args, store, chat), strict=True)
-    rows = {part: found for part, found in parts if found is not None}
-    backbone = load_without_layers(name, config, dtype=getattr(torch, store.dtype), **where)
-    check_backbone(backbone, backbone.get_output_embeddings())
-    check_sizes(backbone, store, data_args, tokenizer)
-    plan = make_plan(store, data_args, chat, date, backbone, rows)
-    del backbone
-    if before:
-        check_plan(output, before, plan)
-    index = read_json(output / INDEX) if (output / INDEX).is_file() else None
-    left = missing(output, index or plan)
-    if index and not left:
-        return logger.info("%s is whole: there is nothing left to store", output)
-    check_disk(output, plan, left)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        begin(output, plan, left)
-    state.wait_for_everyone()
-    check_plan(output, read_json(output / PLAN), plan)  # rank 0's
-    mine = [(shard, of) for shard, of in with_rows(plan, rows) if shard["file"] in left]
-    if mine := mine[state.process_index :: state.num_processes]:
-        store_all(load(store, where, state.device), output, mine, Collator.of(tokenizer), store.batch_size)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish(output, plan)
-        logger.info("%s is whole: train with --states_path %s", output, output)
+    with together():
+        before = begun(output)
+        config = load_backbone_config(name, **where)
+        tokenizer, stops = load_tokenizer(name, store.chat_template, **where), load_stops(name, **where)
+    # For templates that print it: rank 0's, as midnight may fall between two.
+    date = gather_object([Date.fromisoformat(before["date"]) if before else Date.today()])[0]
+    with together():
+        chat = ChatTemplate(tokenizer, stops, parse_kwargs(store.chat_template_kwargs), date)
+    with together():
+        parts = zip(PARTS, load_data(store, data_args, store, chat), strict=True)
+        rows = {part: found for part, found in parts if found is not None}
+        backbone = load_without_layers(name, config, dtype=getattr(torch, store.dtype), **where)
+        check_backbone(backbone, backbone.get_output_embeddings())
+        check_sizes(backbone, store, data_args, tokenizer)
+        plan = make_plan(store, data_args, chat, date, backbone, rows)
+        del backbone
+        if before:
+            check_plan(output, before, plan)
+        index = read_plan(output / INDEX) if (output / INDEX).is_file() else None
+        left = missing(output, index or plan)
+        if whole := index is not None and not left:
+            logger.info("%s is whole: there is nothing left to store", output)
+        else:
+            check_disk(output, plan, left)
+    check_same(**{"data set" if key == "data" else key: plan[key] for key in plan if key != "model_name_or_path"})
+    whole, left = gather_object([(whole, left)])[0]
+    if whole:
+        return
+    with together():
+        if state.is_main_process:
+            begin(output, plan, left)
+    with together():
+        if not (output / PLAN).is_file():
+            raise BadInput(f"rank {state.process_index} does not see {output / PLAN} of rank 0: all need one --output")
+        todo = [(shard, of) for shard, of in with_rows(plan, rows) if shard["file"] in left]
+        mine = todo[state.process_index :: state.num_processes]
+        model = load(store, where, state.device) if mine else None
+    most = -(-len(todo) // state.num_processes)
+    store_all(model, output, mine, most, Collator.of(tokenizer), store.batch_size)
+    with together():
+        if state.is_main_process:
+            finish(output, plan)
+            logger.info("%s is whole: train with --states_path %s", output, output)
 
 
 if __name__ == "__main__":

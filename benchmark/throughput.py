@@ -194,7 +194,8 @@ def random_tokens(options, length: int) -> dict:
     rows = batch * (options.warmup + options.steps)
     if not options.stored_states:
         return {"random": rows}
-    directory = Path(tempfile.mkdtemp(dir=options.stored_states))
+    directory = options.stored_states / str(length)
+    directory.mkdir()
     return {"stored states": setting.stored_rows(options.shape, rows, directory)}
 
 
@@ -223,25 +224,17 @@ def main():
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument(
-        "--recomputed_layers",
-        type=int,
-        nargs="+",
-        help="stage 2, ours: --gradient_checkpointing_layers for each of --lengths (default: all layers; 0: none)",
-    )
+    layers_help = "stage 2, ours: --gradient_checkpointing_layers for each of --lengths (default: all layers; 0: none)"
+    parser.add_argument("--recomputed_layers", type=int, nargs="+", help=layers_help)
     parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--medusa_head_type", choices=HEAD_TYPES, default="medusa")
     parser.add_argument("--fp8_backbone", action="store_true", help="stage 1: as train.py's flag")
-    parser.add_argument(
-        "--stored_states", type=Path, help="stage 1: a directory to store hidden states in, and train from"
-    )
+    parser.add_argument("--stored_states", type=Path, help="stage 1: the directory to keep hidden states in meanwhile")
     parser.add_argument("--data_path", help="real conversations instead of random tokens")
     parser.add_argument("--tokenizer", help="for --data_path: a Hub id or a directory")
     parser.add_argument("--chat_template", help="for a tokenizer without one")
     parser.add_argument("--conversations", type=int, default=2000, help="of --data_path, drawn at random")
-    parser.add_argument(
-        "--trace", type=Path, help="directory for a profile of two steps of each run, which slows them"
-    )
+    parser.add_argument("--trace", type=Path, help="directory for a profile of two steps of each run: it slows them")
     parser.add_argument("--smoke", action="store_true", help="a model of 30,000 weights, to try the script itself")
     parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
     options = parser.parse_args()
@@ -254,21 +247,31 @@ def main():
         parser.error("--fp8_backbone is for a frozen backbone: --stage 1")
     if options.stored_states and (options.stage == 2 or options.implementations != ["ours"] or options.data_path):
         parser.error("--stored_states is for --stage 1 --implementations ours, without --data_path")
+    if options.stored_states and not options.stored_states.is_dir():
+        parser.error(f"there is no directory --stored_states {options.stored_states}")
     if options.trace and not torch.cuda.is_available():
         parser.error("--trace needs a GPU")
-    layers = options.shape["num_hidden_layers"]
-    recomputed_layers = options.recomputed_layers or [layers] * len(options.lengths)
-    if len(recomputed_layers) != len(options.lengths):
+    layers, count = options.shape["num_hidden_layers"], len(options.lengths)
+    options.recomputed_layers = options.recomputed_layers or [layers] * count
+    if len(options.recomputed_layers) != count:
         parser.error("--recomputed_layers needs one number for each of --lengths")
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.stored_states) as directory:
+        options.stored_states = options.stored_states and Path(directory)
+        measure(options)
+
+
+def measure(options):
+    """Appends a row for each run to the CSV. Raises SystemExit if they did not do the same work."""
+    layers = options.shape["num_hidden_layers"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     everywhere = ceilings(device) | {"steps": options.steps} | setting.origin()
     make = conversations if options.data_path else random_tokens
     sets, measured = {length: make(options, length) for length in options.lengths}, []
     for implementation in options.implementations:
         for heads in options.heads:
-            for length, some in zip(options.lengths, recomputed_layers, strict=True):
+            for length, some in zip(options.lengths, options.recomputed_layers, strict=True):
                 recomputed = 0 if options.stage == 1 else some if implementation == "ours" else layers
                 for data, rows in sets[length].items():
                     try:

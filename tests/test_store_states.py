@@ -3,18 +3,18 @@
 import datetime
 import logging
 import shutil
-import signal
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_backbone, make_conversations, make_tokenizer, write_jsonl
-from stored import HELD_OUT
+from stored import HELD_OUT, contents
 from transformers import AutoModelForCausalLM
 
 import store_states
 from common.errors import BadInput
+from medusa_model import MedusaModel
 from training.states import StoredRows, read_index
 
 SMALL = "training.store_plan.SHARD_BYTES"
@@ -23,10 +23,6 @@ SMALL = "training.store_plan.SHARD_BYTES"
 def read(states, part="train", dtype=torch.float32) -> StoredRows:
     index = read_index(states)
     return StoredRows(states, index["shards"][part], index, dtype)
-
-
-def contents(states) -> dict[str, bytes]:
-    return {path.relative_to(states).as_posix(): path.read_bytes() for path in states.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
@@ -101,6 +97,47 @@ def test_exactly_enough_room_is_enough(store, monkeypatch, tmp_path):
     store()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_states_that_are_no_numbers_are_not_stored(value, store, monkeypatch, tmp_path):
+    monkeypatch.setattr(SMALL, 20_000)
+    load, want = store_states.load, read(store(output="good"))
+    start = want.first_rows[2]
+
+    def spoilt(*args):
+        model, original = load(*args), MedusaModel.last_hidden_state
+        bad = torch.tensor(want[start + 1]["input_ids"])
+
+        def last_hidden_state(self, ids, *rest):
+            states = original(self, ids, *rest)
+            for states_of_row, row in zip(states, ids.cpu(), strict=True):
+                if torch.equal(row[: len(bad)], bad.to(row.dtype)):
+                    states_of_row[3, 5] = value
+            return states
+
+        monkeypatch.setattr(MedusaModel, "last_hidden_state", last_hidden_state)
+        return model
+
+    monkeypatch.setattr(store_states, "load", spoilt)
+    with pytest.raises(
+        BadInput,
+        match=r"of 1 tokens of train/00002\.safetensors are NaN or infinite, the first in row 1 .* in bfloat16",
+    ):
+        store()
+    assert contents(tmp_path / "states").keys() == {"plan.json", *(f"train/0000{i}.safetensors" for i in range(2))}
+
+
+def test_an_error_of_one_process_is_a_sentence_to_the_others(monkeypatch):
+    said = []
+    monkeypatch.setattr(store_states, "gather_object", lambda found: said.extend(found) or ["b", *found])
+    with pytest.raises(KeyError), store_states.together():
+        raise KeyError("a")
+    with pytest.raises(BadInput, match="c"), store_states.together():
+        raise BadInput("c")
+    with pytest.raises(BadInput, match="b"), store_states.together():
+        pass
+    assert said == ["process 0 ended with KeyError: 'a'", "c", None]
+
+
 # ---- refused ----
 
 
@@ -134,6 +171,25 @@ def test_a_directory_of_something_else(store, tmp_path):
     (tmp_path / "other" / "letter.txt").touch()
     with pytest.raises(BadInput, match=r"other is not empty, and store_states\.py did not write it"):
         store(output="other")
+
+
+def test_an_output_that_is_a_file_or_below_one(store, tmp_path):
+    (tmp_path / "file").write_text("a")
+    for output in ("file", "file/below/it"):
+        with pytest.raises(BadInput, match=rf"--output .*{output}: .*/file is a file, not a directory"):
+            store(output=output)
+    assert (tmp_path / "file").read_text() == "a"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"date": "2026-01-01"}'])
+@pytest.mark.parametrize("name", ["plan.json", "index.json"])
+def test_a_plan_or_index_of_something_else(name, text, store):
+    states = store()
+    (states / name).write_text(text)
+    before = contents(states)
+    with pytest.raises(BadInput, match=rf"{name} is not one that store_states\.py wrote"):
+        store()
+    assert contents(states) == before
 
 
 @pytest.mark.parametrize(
@@ -228,51 +284,9 @@ def test_on_the_next_day_it_goes_on_with_the_template_of_the_first(store, tmp_pa
     assert read_index(tmp_path / "new")["date"] == "2031-01-02"
 
 
-# ---- several processes, and a kill ----
+def test_the_day_is_that_of_the_first_process(store, monkeypatch):
+    def gather(found):
+        return [datetime.date(2031, 1, 2), *found] if isinstance(found[0], datetime.date) else found
 
-
-@pytest.fixture
-def start(lab, tmp_path):
-    """Runs store_states.py in processes of its own, on the lab's conversations: -> the directory, codes and logs."""
-
-    def run(output="states", kind="one process", **how):
-        flags = {"--output": tmp_path / output, "--cache_dir": tmp_path / "cache", **how.pop("flags", {})}
-        done = lab.launch(kind, flags, argv=lab.store_argv, shard_bytes=20_000, **how)
-        return tmp_path / output, done.codes, done.logs
-
-    return run
-
-
-@pytest.mark.processes
-def test_two_processes_take_files_in_turn(start):
-    one, *_ = start("one")
-    two, codes, logs = start("two", "DDP")
-    assert codes == [0, 0] and contents(two) == contents(one)
-    written = [[line.split(":")[0] for line in log.splitlines() if " files" in line[-9:]] for log in logs]
-    assert "train/00000.safetensors" in written[0] and "train/00001.safetensors" not in written[0]
-    assert "is whole: train with --states_path" in logs[0]
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("call", ["store_states.compute", "store_states.save_file", "common.files.os.replace"])
-def test_killed_at_any_moment_it_goes_on_to_the_same_files(call, start):
-    whole, *_ = start("whole")
-    states, codes, _ = start(at={"call": call, "nth": 4, "signal": signal.SIGKILL})
-    assert codes == [-signal.SIGKILL] and not (states / "index.json").exists()
-    assert 1 <= len(list(states.rglob("*.safetensors"))) <= 4
-    written = {path: path.stat().st_mtime_ns for path in states.rglob("*.safetensors")}
-    _, codes, _ = start()
-    assert codes == [0] and contents(states) == contents(whole)
-    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-
-
-@pytest.mark.processes
-def test_ctrl_c(start):
-    _, codes, logs = start(at={"call": "store_states.compute", "nth": 3, "signal": signal.SIGINT})
-    assert codes == [130] and "interrupted: the same command goes on after the last whole file" in logs[0]
-
-
-@pytest.mark.processes
-def test_processes_with_different_data(start, lab):
-    _, codes, logs = start(kind="DDP", rank_1={"--data_path": lab.root / "other.jsonl"})
-    assert codes[1] == 1 and "was begun with other data" in logs[1]
+    monkeypatch.setattr(store_states, "gather_object", gather)
+    assert read_index(store())["date"] == "2031-01-02"

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from common.errors import BadInput
 from conversations.options import parse_kwargs
 from model.path_heads import HEAD_TYPES
 from training.refusals import refuse, refuse_renamed
+from training.states import read_index
 
 
 def computed(text: str) -> Any:
@@ -117,7 +119,7 @@ class ConversationArguments:
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is something to evaluate on."""
+        """Whether there is something to evaluate on. Raises BadInput if --states_path has no states."""
         return self.eval_data_path is not None or self.eval_split is not None or self.eval_holdout != 0
 
 
@@ -149,7 +151,7 @@ class DataArguments(ConversationArguments):
     @property
     def evaluates(self) -> bool:
         if self.states_path is not None:
-            return os.path.isdir(os.path.join(self.states_path, "eval"))
+            return bool(read_index(Path(self.states_path))["shards"]["eval"])
         return super().evaluates
 
 

@@ -15,8 +15,14 @@ from common.errors import BadInput
 from common.files import read_json
 from model.heads_file import HEADS_DIR, HEADS_FILE
 from training.checkpoints import INCOMPLETE, RUN_FILE, read_run
+from training.states import StoredRows
+from training.vocabulary import arrow_columns
 
 logger = logging.getLogger(__name__)
+
+# The version of the order in which conversations.batches.ShuffledSampler draws rows. A checkpoint from the middle of
+# an epoch goes on in the order it began with, or rows would be drawn twice or never.
+ROW_ORDER = 2
 
 RESULTS = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
 
@@ -118,33 +124,38 @@ def first_day(checkpoint: Path | None) -> Date:
 def identity(model_args, training_args, checkpoint: Path | None, date: Date, train_data, eval_data) -> dict:
     """run.json of this run. Raises BadInput on every rank if the ranks differ in data or checkpoint, or if the
     checkpoint was trained on other data."""
-    data, eval_digest = digest(train_data), digest(eval_data) if eval_data else ""
+    data, eval_digest = digest(train_data, ROW_ORDER), digest(eval_data) if eval_data else ""
     same = {"training set": data, "evaluation set": eval_digest, "checkpoint to resume from": str(checkpoint)}
     check_ranks(training_args, **same)
     if checkpoint is not None and read_json(checkpoint / RUN_FILE)["data"] != data:
         raise BadInput(
-            f"{checkpoint} was trained on other data, or data cut otherwise: resume with the same --data_path, "
-            "--model_max_length, --packing, --eval_holdout and chat template, or the same --states_path"
+            f"{checkpoint} was trained on other data, data cut otherwise, or by a version that drew its rows in "
+            "another order: resume with that version and the same --data_path, --model_max_length, --packing, "
+            "--eval_holdout and chat template, or the same --states_path"
         )
     said = {key: value for key, value in describe(model_args, training_args).items() if value is not None}
     return said | {"data": data, "date": date.isoformat()}
 
 
-def digest(dataset) -> str:
-    """A hash of the data: the number of rows, all lengths if they are known, and all tokens of about 64 rows; of
-    stored states also their checksum."""
-    found = hashlib.sha256(f"{len(dataset)}{getattr(dataset, 'checksum', '')}".encode())
-    if "length" in (getattr(dataset, "column_names", None) or []):
-        found.update(str(list(dataset["length"])).encode())
-    for i in range(0, len(dataset), max(1, len(dataset) // 64)):
-        row = dataset[i]
-        found.update(str([[int(number) for number in row[key]] for key in ("input_ids", "labels")]).encode())
+def digest(dataset, order: int | None = None) -> str:
+    """A hash of the data: all lengths, tokens and labels, and where packed rows begin anew; of stored states their
+    checksums, which are of the same. Data that is tokenised when it is drawn: the number of rows, and about 64 of
+    them. order: of the rows, if it matters."""
+    found = hashlib.sha256(f"{len(dataset)} {order}".encode())
+    if isinstance(dataset, StoredRows):
+        found.update(dataset.checksum.encode())
+    elif "labels" in dataset.column_names:
+        for numbers in arrow_columns(dataset, *sorted(dataset.column_names)):
+            found.update(numbers.tobytes())
+    else:
+        for i in range(0, len(dataset), max(1, len(dataset) // 64)):
+            row = dataset[i]
+            found.update(str([[int(number) for number in row[key]] for key in ("input_ids", "labels")]).encode())
     return found.hexdigest()
 
 
-def check_ranks(training_args, **same: str):
-    """Raises BadInput on every rank if one differs from rank 0 in a value of `same`, or does not see rank 0's output
-    directory. Each rank trains on its share of the same rows and writes its part of the same checkpoint."""
+def check_same(**same):
+    """Raises BadInput on every rank if one differs from rank 0 in a value of `same`."""
     ranks = gather_object([same])
     for name in same:
         different = [rank for rank, other in enumerate(ranks) if other[name] != ranks[0][name]]
@@ -152,6 +163,12 @@ def check_ranks(training_args, **same: str):
             raise BadInput(
                 f"rank {different[0]} has another {name} than rank 0: start all with the same files and flags"
             )
+
+
+def check_ranks(training_args, **same: str):
+    """Raises BadInput on every rank if one differs from rank 0 in a value of `same`, or does not see rank 0's output
+    directory. Each rank trains on its share of the same rows and writes its part of the same checkpoint."""
+    check_same(**same)
     if training_args.world_size == 1:
         return
     probe = Path(training_args.output_dir, f"{INCOMPLETE}probe")

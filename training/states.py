@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 PLAN, INDEX, PARTS = "plan.json", "index.json", ("train", "eval")
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}  # as --dtype and as safetensors call them
+KEYS = {"model_name_or_path", "model", "hidden_size", "dtype", "model_max_length", "date", "shards"}  # what is read
+KEYS |= {"chat_template", "chat_template_kwargs"}
 SAMPLE = 64  # rows of a matrix that a checksum or fingerprint reads, at equal distances
 
 
@@ -142,12 +144,20 @@ class StoredRows(Dataset):
 # ---- what train.py does with them ----
 
 
+def read_plan(path: Path) -> dict:
+    """plan.json or index.json. Raises BadInput if it is neither."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not found.keys() >= KEYS:
+        raise BadInput(f"{path} is not one that store_states.py wrote: name another directory, or store them again")
+    return found
+
+
 def read_index(directory: Path) -> dict:
     if not (directory / INDEX).is_file():
         if (directory / PLAN).is_file():
             raise BadInput(f"the states in {directory} are not finished: run store_states.py again, it goes on")
         raise BadInput(f"--states_path {directory}: there are no states, which store_states.py would have stored")
-    return read_json(directory / INDEX)
+    return read_plan(directory / INDEX)
 
 
 def load_states(model_args, data_args, chat: ChatTemplate, dtype: torch.dtype) -> tuple[Dataset, Dataset | None]:
@@ -177,7 +187,7 @@ def check_flags(model_args, data_args, chat: ChatTemplate, index: dict):
     then = ChatTemplate(chat.tokenizer, chat.stops, chat.kwargs, Date.fromisoformat(index["date"]))
     asked = {
         "--model_max_length": (data_args.model_max_length, index["model_max_length"]),
-        "--chat_template_kwargs": (kwargs and parse_kwargs(kwargs), index["chat_template_kwargs"]),
+        "--chat_template_kwargs": (parse_kwargs(kwargs) if kwargs else None, index["chat_template_kwargs"]),
     }
     for flag, (now, stored) in asked.items():
         if now not in (None, stored):

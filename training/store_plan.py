@@ -11,11 +11,27 @@ import torch
 from common.errors import BadInput
 from conversations.template import ChatTemplate
 from training.run import digest
-from training.states import PARTS, fingerprint, open_shard, template_hash
+from training.states import PARTS, PLAN, fingerprint, open_shard, read_plan, template_hash
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 10**9
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that is there."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
+def begun(output: Path) -> dict:
+    """The plan with which `output` was begun; {} if it is new. Raises BadInput if it cannot be written to."""
+    if not (there := existing(output)).is_dir():
+        raise BadInput(f"--output {output}: {there} is a file, not a directory")
+    if (output / PLAN).is_file():
+        return read_plan(output / PLAN)
+    if there == output and any(path.name != f"{PLAN}.tmp" for path in output.iterdir()):  # that: killed at once
+        raise BadInput(f"{output} is not empty, and store_states.py did not write it: choose another --output")
+    return {}
 
 
 def make_plan(store, data_args, chat: ChatTemplate, date: Date, backbone, rows: dict) -> dict:
@@ -85,7 +101,7 @@ def check_disk(output: Path, plan: dict, left: list[str]):
     width, size, shards = plan["hidden_size"], getattr(torch, plan["dtype"]).itemsize, all_shards(plan)
     tokens = sum(shard["tokens"] for shard in shards)
     needed = sum(s["tokens"] * (width * size + 8) + s["rows"] * 4 for s in shards if s["file"] in left)
-    free = shutil.disk_usage(next(path for path in (output, *output.absolute().parents) if path.exists())).free
+    free = shutil.disk_usage(existing(output)).free
     what = f"{tokens:,} tokens x {width:,} x {size} bytes = {tokens * width * size / 1e9:,.4g} GB"
     logger.info("hidden states: %s in %d files; %d of them are there", what, len(shards), len(shards) - len(left))
     if needed > free:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from common.errors import BadInput
@@ -77,16 +78,17 @@ def has_labels(data) -> bool:
 def count_labels(data, tokens: int) -> np.ndarray:
     """int64 `[tokens]`: how often each is a label."""
     counts = np.zeros(tokens, dtype=np.int64)
-    for labels in data.whole_columns("labels") if isinstance(data, StoredRows) else arrow_columns(data):
+    for labels in data.whole_columns("labels") if isinstance(data, StoredRows) else arrow_columns(data, "labels"):
         counts += np.bincount(labels[labels >= 0], minlength=tokens)[:tokens]  # `check_sizes` refuses others
     return counts
 
 
-def arrow_columns(data) -> Iterator[np.ndarray]:
-    """The labels as they lie in memory in Arrow's tables."""
-    for table in data.select_columns("labels").with_format("arrow").iter(batch_size=10_000):
-        for chunk in table["labels"].chunks:
-            yield chunk.flatten().to_numpy()
+def arrow_columns(data, *names: str) -> Iterator[np.ndarray]:
+    """These columns of 10,000 rows, then of the next. Lists stand one behind the other."""
+    for table in data.select_columns([*names]).with_format("arrow").iter(batch_size=10_000):
+        for column in table.select(names).itercolumns():
+            whole = column.combine_chunks()  # rows that were chosen one by one are a chunk each
+            yield (whole.flatten() if isinstance(whole, pa.ListArray) else whole).to_numpy()
 
 
 def most_frequent(counts: np.ndarray, size: int, always: Set[int]) -> np.ndarray:

@@ -54,7 +54,9 @@ def test_from_stored_states_the_backbone_is_no_work(bench, tmp_path, monkeypatch
 
     monkeypatch.setattr(throughput.FlopCount, "of", counted)
     flags = ("--stage", 1, "--implementations", "ours")
-    stored, online = bench(*flags, "--stored_states", tmp_path), bench(*flags)[2:]
+    (disk := tmp_path / "disk").mkdir()
+    stored, online = bench(*flags, "--stored_states", disk), bench(*flags)[2:]
+    assert disk.is_dir() and not list(disk.iterdir())
     assert [row["data"] for row in stored + online] == ["stored states"] * 2 + ["random"] * 2
     assert [count.per_token > 0 for count in counts] == [False, False, True, True]
     assert all(count.per_row == counts[0].per_row and count.per_row[1] > 0 for count in counts)
@@ -133,6 +135,7 @@ def test_real_conversations(bench, tmp_path):
     [
         ("--stage 1 --data_path chats.jsonl", "--data_path and --tokenizer go together"),
         ("--stage 1 --data_path a --tokenizer b --medusa_vocab_size 9", "takes any tokens, not those of --data_path"),
+        ("--stage 1 --implementations ours --stored_states absent", "there is no directory --stored_states absent"),
         ("--stage 2 --fp8_backbone", "--fp8_backbone is for a frozen backbone"),
         ("--stage 2 --recomputed_layers 1", "--recomputed_layers needs one number for each of --lengths"),
         pytest.param(

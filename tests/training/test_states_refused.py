@@ -27,6 +27,7 @@ from training.states import read_index
         (("--do_eval", True), "--do_eval asks for evaluation: .* where the states are stored"),
         (("--eval_strategy", "steps"), "--eval_strategy asks for evaluation: .* where the states are stored"),
         (("--states_path", "nowhere"), "--states_path nowhere: there are no states"),
+        (("--states_path", "nowhere", "--eval_strategy", "steps"), "--states_path nowhere: there are no states"),
         (("--states_path", None), "--data_path is missing"),
     ],
 )
@@ -37,8 +38,25 @@ def test_refused(flags, message, train, store, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_flags_of_the_first_time_are_accepted(train, store):
-    train(*offline(store()), "--model_max_length", 64, "--chat_template_kwargs", "{}")
+@pytest.mark.parametrize("kwargs", ["{}", ""])
+def test_the_flags_of_the_first_time_are_accepted(kwargs, train, store):
+    train(*offline(store()), "--model_max_length", 64, "--chat_template_kwargs", kwargs)
+
+
+def test_an_empty_directory_is_nothing_to_evaluate_on(train, store):
+    states = store()
+    (states / "eval").mkdir()
+    with pytest.raises(BadInput, match=r"--eval_strategy asks for evaluation: .* where the states are stored"):
+        train(*offline(states), "--eval_strategy", "steps")
+    assert (train(*offline(states)) / "config.json").is_file()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"date": "2026-01-01"}'])
+def test_an_index_of_something_else(text, train, store):
+    states = store()
+    (states / "index.json").write_text(text)
+    with pytest.raises(BadInput, match=r"index\.json is not one that store_states\.py wrote"):
+        train(*offline(states))
 
 
 def test_another_chat_template(train, store, tmp_path):
