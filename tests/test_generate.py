@@ -16,17 +16,20 @@ from conversations.prompts import question, tokenise
 from conversations.template import ChatTemplate
 from medusa_model import MedusaConfig, MedusaModel
 from model.heads_file import HEADS_FILE
+from model.path_heads import HEAD_TYPES
 
 HEADS = 3
 PROMPTS = ["why is the moon cold", "how", "salt water and bread"]
 
 
-@pytest.fixture(params=["stage1", "stage2", "few_tokens"])
+@pytest.fixture(params=["stage1", "stage2", "few_tokens", "markov", "hydra"])
 def heads_dir(request, model_dir, tmp_path):
     """What train.py leaves behind."""
     model = MedusaModel.from_backbone(
         AutoModelForCausalLM.from_pretrained(model_dir),
-        MedusaConfig(medusa_num_heads=HEADS),
+        MedusaConfig(
+            medusa_num_heads=HEADS, medusa_head_type=request.param if request.param in HEAD_TYPES else "medusa"
+        ),
         token_map=torch.arange(1, 320, 4) if request.param == "few_tokens" else None,
     )
     randomise(model.medusa_heads, 0.05)
