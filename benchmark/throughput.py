@@ -6,8 +6,8 @@
 
 LLaMA-3-8B shapes. Weights and AdamW's moments are in bf16 (--dtype bfloat16), or an 8B model would not fit on one GPU.
 Weights and tokens are random, and every token is a target. A run has --warmup steps, then --steps that count.
-EfficiencyCallback measures the time. All implementations start from the same weights; if their losses and gradient norms
-differ, the work was not the same, and the script ends with an error. Where memory runs out, the row says OOM.
+EfficiencyCallback measures the time. All implementations start from the same weights; if their losses and gradient
+norms differ, the work was not the same, and the script ends with an error. Where memory runs out, the row says OOM.
 
 ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 on a cool GPU. sustained_tflops is the
 same after two seconds of such products, when the GPU has reached its power limit, as in training.
