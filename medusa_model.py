@@ -278,18 +278,19 @@ class MedusaModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # loads heads and a backbone: other arguments than one model's
-        cls, directory, base_model_name_or_path=None, dtype=None, heads_dtype=None, **kwargs
+        cls, directory, base_model_name_or_path=None, dtype=None, heads_dtype=None, backbone=None, **kwargs
     ):
         """Loads what `save_pretrained` wrote, from its directory or from the `medusa_heads/` of a stage 2 directory.
 
         base_model_name_or_path: the backbone, if it is no longer where config.json says.
         dtype, heads_dtype: of backbone and heads; default: as saved. kwargs go to `AutoModelForCausalLM`.
+        backbone: one that is loaded already, in place of these.
         """
         heads_dir, stage2 = find_heads(directory)
         fields, state_dict = load_heads(heads_dir)
         config = MedusaConfig(**fields)
         base = str(base_model_name_or_path or stage2 or config.base_model_name_or_path)
-        backbone = load_backbone(base, dtype=dtype or "auto", **kwargs)
+        backbone = backbone or load_backbone(base, dtype=dtype or "auto", **kwargs)
         token_map = state_dict.pop(TOKEN_MAP, None)
         if heads_dtype is None:
             heads_dtype = next(iter(state_dict.values())).dtype

@@ -29,9 +29,8 @@ from conversations.batches import Collator
 from conversations.targets import IGNORE
 from decoding.acceptance import NODES
 from decoding.accuracy import figures, ranks_of_heads
-from medusa_model import MedusaConfig, MedusaModel
+from medusa_model import MedusaModel
 from model.backbone import load_backbone_config, load_without_layers
-from model.heads_file import TOKEN_MAP, load_heads
 from training.states import StoredRows, read_index
 
 ROOT = Path(__file__).parent.parent
@@ -88,11 +87,7 @@ def measure(options, heads: Path) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     backbone = load_without_layers(options.model, load_backbone_config(options.model), dtype=dtype)
-    fields, tensors = load_heads(heads)
-    token_map = tensors.pop(TOKEN_MAP, None)
-    model = MedusaModel.from_backbone(backbone, MedusaConfig(**fields), dtype=dtype, token_map=token_map)
-    model.medusa_heads.load_state_dict(tensors)
-    model.eval().to(device)
+    model = MedusaModel.from_pretrained(heads, backbone=backbone, heads_dtype=dtype).to(device)
     rows = StoredRows(options.states, index["shards"]["eval"], index, dtype)
     found = figures(tables(model, rows))
     chain, *trees = found["acceptance"]
@@ -114,9 +109,7 @@ def main():
     parser.add_argument("--at_once", type=int, default=1, help="trainings that share the GPU")
     parser.add_argument("--out", required=True, type=Path, help="CSV to append to")
     options = parser.parse_args()
-    source = origin()
-
-    writing = Lock()
+    source, writing = origin(), Lock()
 
     def one(recipe: tuple[str, list[str]]):
         name, flags = recipe

@@ -197,6 +197,25 @@ def train(monkeypatch, model_dir, data_file, tmp_path):
 
 
 @pytest.fixture
+def train_both_ways(train, monkeypatch):
+    """Trains one head after the other, and again with all heads forward and then one backward: -> both outputs."""
+    from training.trainer import MedusaTrainer
+
+    def run(*flags) -> tuple[Path, Path]:
+        one_by_one, start = train(*flags, output="one_by_one"), MedusaTrainer.train
+
+        def plain(self, **kwargs):
+            self.one_by_one = False
+            return start(self, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MedusaTrainer, "train", plain)
+            return one_by_one, train(*flags, output="plain")
+
+    return run
+
+
+@pytest.fixture
 def store(monkeypatch, model_dir, data_file, tmp_path):
     """Runs store_states.py in this process, with the conversations that `train` has: -> the directory of states."""
     import store_states as script

@@ -12,7 +12,6 @@ from common.errors import BadInput
 from medusa_model import MedusaModel
 from model.heads_file import HEADS_FILE
 from training.checkpoints import RUN_FILE
-from training.trainer import MedusaTrainer
 
 MARKOV = ("--medusa_head_type", "markov", "--medusa_rank", 6)
 HYDRA = ("--medusa_head_type", "hydra")
@@ -34,18 +33,10 @@ def test_all_that_heads_have_trains(kind, flags, train):
 @pytest.mark.parametrize("flags", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
 @pytest.mark.parametrize("loss", ["ce", "kl"])
 @pytest.mark.parametrize("kind", [MARKOV, HYDRA], ids=["markov", "hydra"])
-def test_one_head_after_the_other_equals_all_at_once(kind, loss, flags, train, monkeypatch):
+def test_one_head_after_the_other_equals_all_at_once(kind, loss, flags, train_both_ways):
     common = (*flags, *kind, "--medusa_loss", loss, "--gradient_accumulation_steps", 2, "--medusa_vocab_size", 40)
     common += ("--adam_epsilon", 1e-4)
-    one_by_one = train(*common, output="one_by_one")
-    start = MedusaTrainer.train
-
-    def plain(self, **kwargs):
-        self.one_by_one = False
-        return start(self, **kwargs)
-
-    monkeypatch.setattr(MedusaTrainer, "train", plain)
-    plain = train(*common, output="plain")
+    one_by_one, plain = train_both_ways(*common)
     assert logged(plain) == pytest.approx(logged(one_by_one), rel=1e-5)
     assert_same(weights(plain), weights(one_by_one), rtol=1e-4, atol=1e-5)
 

@@ -74,17 +74,9 @@ def test_accumulation_makes_no_difference(stage, train):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_one_head_after_the_other_equals_all_at_once(stage, train, monkeypatch):
+def test_one_head_after_the_other_equals_all_at_once(stage, train_both_ways):
     common = ("--max_steps", 4, "--medusa_only_heads", stage == 1, "--gradient_accumulation_steps", 2)
-    one_by_one = train(*common, output="one_by_one")
-    start = MedusaTrainer.train
-
-    def plain(self, **kwargs):
-        self.one_by_one = False
-        return start(self, **kwargs)
-
-    monkeypatch.setattr(MedusaTrainer, "train", plain)
-    plain = train(*common, output="plain")
+    one_by_one, plain = train_both_ways(*common)
     assert logged(plain) == pytest.approx(logged(one_by_one), rel=1e-5)
     assert logged(plain, "head_1_top1") == pytest.approx(logged(one_by_one, "head_1_top1"))
     assert_same(weights(plain), weights(one_by_one), rtol=1e-3, atol=2e-4)

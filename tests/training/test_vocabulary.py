@@ -98,17 +98,9 @@ def test_all_tokens_are_the_default_byte_for_byte(flags, train):
 
 @pytest.mark.parametrize("flags", [STAGE_1, STAGE_2])
 @pytest.mark.parametrize("kind", ["ce", "kl"])
-def test_one_head_after_the_other_equals_all_at_once(kind, flags, train, monkeypatch):
+def test_one_head_after_the_other_equals_all_at_once(kind, flags, train_both_ways):
     common = (*flags, "--medusa_vocab_size", SIZE, "--medusa_loss", kind, "--gradient_accumulation_steps", 2)
-    one_by_one = train(*common, output="one_by_one")
-    start = MedusaTrainer.train
-
-    def plain(self, **kwargs):
-        self.one_by_one = False
-        return start(self, **kwargs)
-
-    monkeypatch.setattr(MedusaTrainer, "train", plain)
-    plain = train(*common, output="plain")
+    one_by_one, plain = train_both_ways(*common)
     assert logged(plain) == pytest.approx(logged(one_by_one), rel=1e-5)
     assert logged(plain, "head_1_top1") == pytest.approx(logged(one_by_one, "head_1_top1"))
     assert_same(weights(plain), weights(one_by_one), rtol=1e-3, atol=2e-4)
