@@ -68,6 +68,11 @@ def parse_arguments() -> argparse.Namespace:
         help="decode plainly too, by the same code, and show both side by side; prompts with a field `group` also get "
         "a table by group",
     )
+    add(
+        "--agree",
+        action="store_true",
+        help="on a GPU: the same text with every tree and without, in bf16 too, for some time (see the docs)",
+    )
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write answers and figures there")
@@ -83,6 +88,8 @@ def parse_arguments() -> argparse.Namespace:
         raise BadInput(
             "--acceptance typical needs a --temperature, an --epsilon above 0 and a --delta between 0 and 1"
         )
+    if args.agree and args.temperature > 0:
+        raise BadInput("--agree needs --temperature 0: how many random numbers are drawn depends on the tree")
     if not args.prompt and not args.prompts:
         raise BadInput("nothing to decode: give --prompt TEXT or --prompts FILE")
     return args
@@ -116,7 +123,8 @@ def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) ->
         return best_tree(chance, heads, ranks, args.nodes)
     step_ms = {}
     for nodes in SIZES:
-        decoder = Decoder(model, best_tree(chance, heads, ranks, nodes), args.batch_size, max_length)
+        tree = best_tree(chance, heads, ranks, nodes)
+        decoder = Decoder(model, tree, args.batch_size, max_length, agree=args.agree)
         step_ms[nodes] = decoder.step_ms(prompt, passes=20 if decoder.device.type == "cuda" else 3)
     nodes, choices, table = fastest(chance, heads, ranks, step_ms, measured_lengths(figures))
     logger.info("one pass takes, on this machine, and is expected to yield:\n%s", markdown(table))
@@ -145,7 +153,7 @@ def decode_all(args, model: MedusaModel, tokenizer, prompts: list[list[int]]) ->
         depth = len(tree[-1]) if tree else 0
         name = f"{depth} head{'s' * (depth > 1)}, tree of {len(tree)}" if tree else "plain"
         set_seed(args.seed)
-        decoder = Decoder(model, tree, args.batch_size, max_length, sampling)
+        decoder = Decoder(model, tree, args.batch_size, max_length, sampling, agree=args.agree)
         runs.append(decode(decoder, prompts, args.max_new_tokens, eos, name, show))
     return choices, runs
 

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.errors import BadInput
+from decoding.in_order import attention_in_order
 from decoding.kernels import tree_attention, write
 from decoding.products import FewRowsLinear, Products
 from medusa_model import MedusaModel
@@ -20,7 +21,8 @@ ATTENTION = "medusa_tree"
 def attend(module, query, key, value, attention_mask, scaling, softcap=None, sliding_window=None, **kwargs):
     """Attention of a pass: query `[B, H, n, D]`, key and value `[B, H_kv, S, D]` (the whole cache) -> `[B, n, H, D]`.
 
-    With `tree` (length, ancestors, depth): a Triton kernel.
+    With `tree` (length, ancestors, depth): a Triton kernel. With `in_order` (length, path, depth, nodes): another one,
+        whose results do not depend on the tree.
     With attention_mask `[B, 1, n, S']` bool: the same in torch; reads the first S' keys. The query heads that share
         keys become rows of one product, so keys are read once and never repeated. A sliding window also needs
         `distance` `[B, n, S']`, in tokens, from each key to each node.
@@ -33,6 +35,10 @@ def attend(module, query, key, value, attention_mask, scaling, softcap=None, sli
     if "tree" in kwargs:
         filled, ancestors, depth = kwargs["tree"]
         return tree_attention(query, key, value, filled, ancestors, depth, scaling, softcap, sliding_window), None
+    if "in_order" in kwargs:
+        filled, path, depth, nodes = kwargs["in_order"]
+        out = attention_in_order(query, key, value, filled, path, depth, nodes, scaling, softcap, sliding_window)
+        return out, None
     if attention_mask is None:
         if softcap is None and (sliding_window is None or length <= sliding_window):
             return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)

@@ -62,7 +62,7 @@ def compare(plain: Decoded, heads: Decoded, tokenizer, dtype: torch.dtype, greed
         if not all(same) and dtype != torch.float32:
             text.append(
                 f"(in {str(dtype).removeprefix('torch.')} a pass of one token and a pass of many round differently, "
-                "so where two tokens are almost equally likely either may win: --dtype float32 decides it)"
+                "so where two tokens are almost equally likely either may win: --agree or --dtype float32 decides it)"
             )
     text.append(
         f"{rows[1]['tokens']} tokens in {rows[1]['passes']} passes of the backbone; plainly {rows[0]['passes']}"

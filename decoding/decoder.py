@@ -24,9 +24,11 @@ import torch
 from common.errors import BadInput
 from decoding.attention import TreeCache, decoding
 from decoding.guessing import LevelByLevel
+from decoding.in_order import PASS_ROWS, check_can_agree
+from decoding.kernels import can_run
 from decoding.products import AllHeads, Products, sharing
 from decoding.sampling import GREEDY, Sampling, choose
-from decoding.tree import Choices, Layout, check, layout
+from decoding.tree import Choices, Layout, check, filled_up, layout
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
 from model.loss import cap
@@ -37,8 +39,10 @@ logger = logging.getLogger(__name__)
 class Decoder:
     """Decodes up to batch_size prompts at once with one tree.
 
-    max_length: prompt plus new tokens of a row. graph: on a GPU, capture a pass as a CUDA graph. Raises BadInput for a
-    tree deeper than the heads, a rank outside the heads' vocabulary, or a max_length beyond the backbone's context.
+    max_length: prompt plus new tokens of a row. graph: on a GPU, capture a pass as a CUDA graph. agree: the same text
+    with every tree, to the token, in bf16 too (decoding/in_order.py). Raises BadInput for a tree deeper than the
+    heads, a rank outside the heads' vocabulary, a max_length beyond the backbone's context, and where texts cannot
+    agree.
     """
 
     def __init__(
@@ -49,13 +53,20 @@ class Decoder:
         max_length: int,
         sampling: Sampling = GREEDY,
         graph: bool = True,
+        agree: bool = False,
     ):
-        self.model, self.sampling = model.eval(), sampling
+        self.model, self.sampling, self.agree = model.eval(), sampling, agree
         self.choices = check(choices, len(model.medusa_heads))
         device = self.device = model.lm_head.weight.device
-        self.tree = Layout(*(tensor.to(device) for tensor in layout(self.choices)))
-        self.nodes, self.most = len(self.tree.depth), self.tree.path.shape[1]  # tokens a pass checks; can yield
         config = model.backbone.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kernels, rope_moves = can_run(device, size), rope_follows_length(config)
+        tree = layout(self.choices)
+        if agree:
+            check_can_agree(tree, self.kernels, sampling.temperature == 0, rope_moves)
+            tree = filled_up(tree, PASS_ROWS)
+        self.tree = Layout(*(tensor.to(device) for tensor in tree))
+        self.nodes, self.most = len(tree.depth), tree.path.shape[1]  # rows of a pass; tokens it can yield
         self.max_length, self.context = max_length, context_length(model.backbone)
         if max_length > self.context:
             raise BadInput(
@@ -64,8 +75,6 @@ class Decoder:
             )
         # A pass writes all its nodes after the text; a row that has ended may run one pass more (see `passes`).
         places = -(-(max_length + self.nodes + 2 * self.most) // 64) * 64
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.kernels = device.type == "cuda" and size >= 16 and size & (size - 1) == 0  # what `tree_attention` can do
         self.cache = TreeCache(config.num_hidden_layers, places, self.kernels)
         heads = self.heads = model.medusa_heads[: self.most - 1]  # those that the tree uses
         self.products: list[Products] = []
@@ -91,7 +100,7 @@ class Decoder:
             raise BadInput(f"the tree has rank {self.ranks - 1}, but heads guess {guessed} tokens: leave it out")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.use_graph = graph and device.type == "cuda"
-        if self.use_graph and rope_follows_length(config):
+        if self.use_graph and rope_moves:
             logger.warning("RoPE that changes with the text's length: no CUDA graph, so a pass takes longer")
             self.use_graph = False
 
@@ -173,6 +182,8 @@ class Decoder:
     def view(self) -> dict:
         """What each node may attend to, as `attend` takes it: the text, the node's ancestors and the node itself."""
         tree = self.tree
+        if self.agree:
+            return {"attention_mask": None, "in_order": (self.length, tree.path, tree.depth, 1 + len(self.choices))}
         if self.kernels:
             return {"attention_mask": None, "tree": (self.length, tree.ancestors, tree.depth)}
         # A CPU reads only the filled part of the cache. With a GPU the host does not know how long that is.

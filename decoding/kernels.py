@@ -25,6 +25,31 @@ def dot(a, b, total):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
+@triton.jit
+def scores_of(q, k, scaling, SOFTCAP: tl.constexpr):
+    """Scores of queries `[R, D]` for keys `[S, D]`, as powers of 2: exp2 is one instruction."""
+    scores = dot(q, tl.trans(k), None) * scaling
+    if SOFTCAP is not None:  # tanh(x) = 2 sigmoid(2 x) - 1
+        scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)
+    return scores * 1.4426950408889634  # log2(e)
+
+
+@triton.jit
+def add_values(scores, v, best, total, out):
+    """A step of a softmax over blocks of keys: scores `[R, S]` and values `[S, D]` go into each row's highest score so
+    far `[R]`, its sum of powers `[R]` and its sum of values `[R, D]`."""
+    better = tl.maximum(best, tl.max(scores, 1))
+    shift = tl.where(better == float("-inf"), 0.0, better)  # a row may have seen no key yet
+    decay = tl.exp2(best - shift)
+    scores = tl.exp2(scores - shift[:, None])
+    return better, total * decay + tl.sum(scores, 1), dot(scores.to(v.dtype), v, out * decay[:, None])
+
+
+def can_run(device: torch.device, size: int) -> bool:
+    """Whether these kernels run there, with attention heads of this size."""
+    return device.type == "cuda" and size >= 16 and size & (size - 1) == 0
+
+
 class AttentionConfig(NamedTuple):
     rows: int  # of queries in a program, out of query heads x nodes
     keys: int  # that a program reads in one step
@@ -83,10 +108,7 @@ def _attend(
         place = start + tl.arange(0, KEYS)
         there = place < end
         k = tl.load(k_ptr + place[:, None] * k_s + d[None, :], mask=there[:, None], other=0.0)
-        scores = dot(q, tl.trans(k), None) * scaling
-        if SOFTCAP is not None:  # tanh(x) = 2 sigmoid(2 x) - 1
-            scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 / SOFTCAP)) - 1)
-        scores *= 1.4426950408889634  # log2(e): exp2 is one instruction
+        scores = scores_of(q, k, scaling, SOFTCAP)
         behind = place - length
         if WINDOW is not None:
             near = (depth[:, None] - behind[None, :] < WINDOW) | (behind >= 0)[None, :]
@@ -97,14 +119,8 @@ def _attend(
             if WINDOW is not None:
                 seen &= depth[:, None] - tl.load(depth_ptr + behind, mask=new, other=0)[None, :] < WINDOW
             scores = tl.where(seen | (behind < 0)[None, :], scores, float("-inf"))
-        better = tl.maximum(best, tl.max(scores, 1))
-        shift = tl.where(better == float("-inf"), 0.0, better)  # a row may see no key of a split
-        decay = tl.exp2(best - shift)
-        scores = tl.exp2(scores - shift[:, None])
         v = tl.load(v_ptr + place[:, None] * v_s + d[None, :], mask=there[:, None], other=0.0)
-        out = dot(scores.to(v.dtype), v, out * decay[:, None])
-        total = total * decay + tl.sum(scores, 1)
-        best = better
+        best, total, out = add_values(scores, v, best, total, out)
 
     batches = tl.num_programs(2) // kv_heads
     to = ((split * batches + batch) * nodes + node) * (kv_heads * GROUPS) + head  # [splits, B, n, H]

@@ -143,6 +143,19 @@ def layout(choices: Choices) -> Layout:
     )
 
 
+def filled_up(tree: Layout, nodes: int) -> Layout:
+    """The tree with rows of no meaning behind it, up to `nodes`: each is alone, at the root's depth."""
+    more = range(len(tree.depth), nodes)
+    zeros, alone = torch.zeros(len(more), dtype=torch.int64), torch.tensor(more, dtype=torch.int64)
+    return Layout(
+        torch.cat([tree.parent, zeros]),
+        torch.cat([tree.depth, zeros]),
+        torch.cat([tree.rank, zeros]),
+        torch.block_diag(tree.ancestors, torch.eye(len(more), dtype=torch.bool)),
+        torch.cat([tree.path, alone[:, None].expand(-1, tree.path.shape[1])]),
+    )
+
+
 def load_chance(path) -> tuple[Chance, int, int]:
     """-> (chance, heads, ranks) from evaluate.py's JSON. Takes the accuracies on the backbone's own text if there are
     any, because that is the text heads have to guess; else those on the reference text. Raises BadInput for a file

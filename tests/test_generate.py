@@ -136,6 +136,21 @@ def test_nodes_and_what_is_chosen_without(stage1, monkeypatch, caplog):
     assert "no tree: the heads do not pay here" in caplog.text
 
 
+def test_agree_is_for_all_decoders(stage1, monkeypatch):
+    """Also for those that measure how long a pass takes; whether they can is theirs to say."""
+    write_accuracies(stage1)
+    make, agreed = generate.Decoder, []
+
+    def spy(*args, agree, **kwargs):
+        agreed.append(agree)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "Decoder", spy)
+    monkeypatch.setattr(make, "step_ms", lambda *args, **kwargs: 10)
+    run(monkeypatch, stage1, "--prompt", PROMPTS[0], "--max_new_tokens", 2, "--agree", "--compare")
+    assert agreed == [True] * (len(generate.SIZES) + 2)
+
+
 def test_sampling_follows_the_seed(stage1, monkeypatch):
     write_accuracies(stage1)
     asked = ("--prompt", PROMPTS[0], "--max_new_tokens", 20, "--nodes", 6, "--temperature", 1)
@@ -174,6 +189,7 @@ def test_prompts_from_a_file(stage1, monkeypatch, tmp_path):
             ["--prompt", "a", "--acceptance", "typical", "--temperature", "1", "--delta", "1"],
             "--delta between 0 and 1",
         ),
+        (["--prompt", "a", "--agree", "--temperature", "1"], "--agree needs --temperature 0"),
         (["--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
     ],
 )
