@@ -97,9 +97,11 @@ def cache_bytes(model: MedusaModel, length: int, batch_size: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * size * length * batch_size
 
 
-def measure(model: MedusaModel, choices: Choices, prompt: list[int], batch_size: int, passes: int) -> float:
+def measure(
+    model: MedusaModel, choices: Choices, prompt: list[int], batch_size: int, passes: int, agree: bool
+) -> float:
     """ms of a pass: the median of three measurements."""
-    decoder = Decoder(model, choices, batch_size, len(prompt) + ANSWER)
+    decoder = Decoder(model, choices, batch_size, len(prompt) + ANSWER, agree=agree)
     return median(decoder.step_ms(prompt, passes) for _ in range(3))
 
 
@@ -111,6 +113,7 @@ def main():
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 1, 15, 16, 31, 32, 63, 64], help="0 is always run")
     parser.add_argument("--length", type=int, nargs="+", default=[512], help="of the prompt in the cache, in tokens")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded at once")
+    parser.add_argument("--agree", action="store_true", help="passes whose text does not depend on the tree")
     parser.add_argument("--passes", type=int, help="of one measurement (default: 50 on a GPU, else 3)")
     parser.add_argument("--out", type=Path, required=True, help="CSV to append to")
     options = parser.parse_args()
@@ -140,7 +143,7 @@ def main():
         for (heads, nodes), choices in trees.items():
             ms, error, read = None, "", heads_bytes(model, choices)
             try:
-                ms = measure(model, choices, row["input_ids"], options.batch_size, passes)
+                ms = measure(model, choices, row["input_ids"], options.batch_size, passes, options.agree)
             except Exception as problem:  # the other sizes should still run
                 error = f"{type(problem).__name__}: {first_line(problem)}"
                 failed += 1
@@ -156,6 +159,7 @@ def main():
                 "nodes": nodes,
                 "length": length,
                 "batch_size": options.batch_size,
+                "agree": options.agree or "",
                 "step_ms": f"{ms:.4f}" if ms else "",
                 "plain_ms": f"{plain:.4f}" if plain else "",
                 "ratio_to_plain": f"{ms / plain:.4f}" if ms and plain else "",

@@ -11,7 +11,7 @@ from decoding.decoder import Decoder
 from decoding.tree import read_step_times
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
-STEP_TIME = "date commit model heads medusa_vocab_size nodes length batch_size step_ms plain_ms ratio_to_plain "
+STEP_TIME = "date commit model heads medusa_vocab_size nodes length batch_size agree step_ms plain_ms ratio_to_plain "
 STEP_TIME += "floor_ms heads_floor_ms bandwidth_tb_s weight_gb heads_gb cache_gb error gpu versions command"
 
 
@@ -40,6 +40,15 @@ def test_heads_of_fewer_tokens(time_steps):
     assert float(rows[1]["heads_gb"]) == pytest.approx(2 * 2 * (32 * 32 + 32 + 48 * 32) / 1e9, abs=1e-6)
     with pytest.raises(SystemExit, match="--medusa_vocab_size 320: from 1 to 319 tokens"):
         time_steps("--medusa_vocab_size", 320)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
+def test_passes_that_agree_need_a_gpu(time_steps, tmp_path):
+    with pytest.raises(SystemExit, match="1 sizes failed"):
+        time_steps("--nodes", 0, "--length", 10, "--agree")
+    assert ["True", "BadInput: --agree needs a GPU"] in [
+        [row["agree"], row["error"].split(",")[0]] for row in rows_of(tmp_path / "steps.csv")
+    ]
 
 
 def test_trees_of_several_numbers_of_heads(time_steps):
