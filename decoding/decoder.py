@@ -62,6 +62,7 @@ class Decoder:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernels, rope_moves = can_run(device, size), rope_follows_length(config)
         tree = layout(self.choices)
+        self.real = len(tree.depth)  # rows of a pass that are nodes
         if agree:
             check_can_agree(tree, self.kernels, sampling.temperature == 0, rope_moves)
             tree = filled_up(tree, PASS_ROWS)
@@ -183,7 +184,7 @@ class Decoder:
         """What each node may attend to, as `attend` takes it: the text, the node's ancestors and the node itself."""
         tree = self.tree
         if self.agree:
-            return {"attention_mask": None, "in_order": (self.length, tree.path, tree.depth, 1 + len(self.choices))}
+            return {"attention_mask": None, "in_order": (self.length, tree.path, tree.depth, self.real)}
         if self.kernels:
             return {"attention_mask": None, "tree": (self.length, tree.ancestors, tree.depth)}
         # A CPU reads only the filled part of the cache. With a GPU the host does not know how long that is.
