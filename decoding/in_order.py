@@ -36,7 +36,7 @@ STEP_BYTES = 2**14  # of keys, and as many of values, that a program reads in on
 def check_can_agree(tree: Layout, kernels: bool, greedy: bool, rope_moves: bool):
     """Raises BadInput where texts could not agree. kernels: whether they run here. rope_moves: RoPE depends on the
     length of the text."""
-    nodes, depth = tree.ancestors.shape[0], tree.path.shape[1] - 1
+    nodes, depth = len(tree.depth), tree.path.shape[1] - 1
     for wrong, need in (
         (not kernels, "a GPU, and attention heads of a power of two from 16 on: try --dtype float32 without it"),
         (nodes > PASS_ROWS, f"a tree of at most {PASS_ROWS - 1} guesses, and this one has {nodes - 1}"),
@@ -169,14 +169,7 @@ def attention_in_order(
     partial = out.new_empty(shares, batch, nodes, heads, size, dtype=torch.float32)
     lse = partial.new_empty(partial.shape[:-1])
     strides = *query.stride(), *keys.stride()[:3], *values.stride()[:3], depth.stride(0)
-    shape = {
-        "GROUPS": groups,
-        "SIZE": size,
-        "SOFTCAP": softcap,
-        "WINDOW": sliding_window,
-        "NEAR": NEAR,
-        "SHARE": SHARE,
-    }
+    shape = dict(GROUPS=groups, SIZE=size, SOFTCAP=softcap, WINDOW=sliding_window, NEAR=NEAR, SHARE=SHARE)
     _text[(triton.cdiv(groups * nodes, ROWS), shares, batch * kv_heads)](
         query, keys, values, length, depth, partial, lse, scaling, nodes, kv_heads, *strides,
         ROWS=ROWS, KEYS=step, num_warps=4, num_stages=2, **shape,
