@@ -126,11 +126,16 @@ def can_run_here(item) -> bool:
     return gpu or not interpreter if torch.cuda.is_available() else not gpu
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its mark
 def pytest_collection_modifyitems(config, items):
-    """Deselects what needs a GPU where there is none, and what needs Triton's interpreter where there is a GPU."""
+    """Deselects what needs a GPU where there is none, and what needs Triton's interpreter where there is a GPU. What
+    looks at the lab's runs stays in one of pytest-xdist's workers, or each would make them."""
     here = [item for item in items if can_run_here(item)]
     config.hook.pytest_deselected(items=[item for item in items if not can_run_here(item)])
     items[:] = here
+    for item in items:
+        if "lab" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("lab"))
 
 
 @pytest.fixture(autouse=True)
