@@ -1,10 +1,12 @@
-"""One of the processes that run train.py or store_states.py for tests, forked from one that has imported it all."""
+"""A process that runs train.py, store_states.py or benchmark/memory.py for tests, forked from one that has imported it
+all."""
 
 import gc
 import os
 import pkgutil
 import resource
 import sys
+import weakref
 
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (here, once, and not in every process)
@@ -15,11 +17,22 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import store_states
 import train
 from common import errors
+from model import heads, loss
 from training import build, store_plan
+from training import fsdp as sharding
 from training.trainer import MedusaTrainer
 
 get_checkpoint_conversion_mapping("llama")  # transformers makes its table of all models when it is first asked
 gc.freeze()  # or each process would go through all that was imported when the Trainer collects garbage
+
+
+def begin(log, environment):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.pop("TRITON_INTERPRET", None)  # plain torch in chunks: Triton's interpreter takes far longer
+    os.environ |= environment
+    torch.set_num_threads(1)
 
 
 def run(flags, log, environment, fsdp=0, at=None, gradients=None, shard_bytes=None):
@@ -29,12 +42,7 @@ def run(flags, log, environment, fsdp=0, at=None, gradients=None, shard_bytes=No
         when it makes its n-th call of a function. gradients: a file name; ".<step>" is added.
     shard_bytes: runs store_states.py instead, with files of that size.
     """
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.pop("TRITON_INTERPRET", None)  # plain torch in chunks: Triton's interpreter takes far longer
-    os.environ |= environment
-    torch.set_num_threads(1)
+    begin(log, environment)
     if fsdp:
         allow_fsdp_on_cpu()
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp), "FSDP_USE_ORIG_PARAMS": "true"}
@@ -87,3 +95,29 @@ def save_gradients(path):
         return original(self, model)
 
     MedusaTrainer._clip_grad_norm = patched
+
+
+def measure(flags, log, environment):
+    """benchmark/memory.py --smoke. It prints of each model what share of the weights is held, how many heads are units
+    and how many models of before are still there; memory runs out for Liger's chunks of more than 64 rows."""
+    begin(log, environment)
+    import memory
+
+    link, cross_entropy, earlier = sharding.link_units, heads.linear_cross_entropy, []
+
+    def look(model):
+        parameters = list(model.parameters())
+        held = sum(sharding.local(p).numel() for p in parameters) * 8 / sum(p.numel() for p in parameters)
+        units = sum(isinstance(head, sharding.FSDPModule) for head in model.medusa_heads)
+        print("model", round(held, 2), units, sum(model() is not None for model in earlier), flush=True)
+        earlier.append(weakref.ref(model))
+        return link(model)
+
+    def run_out(hidden, weight, targets, *args):
+        if loss.CHUNK_ROWS == 1 and len(targets) > 4 * 16:
+            raise torch.OutOfMemoryError("from the test")
+        return cross_entropy(hidden, weight, targets, *args)
+
+    sharding.link_units, heads.linear_cross_entropy = look, run_out
+    sys.argv = ["memory.py", "--smoke", *map(str, flags)]
+    memory.main()
