@@ -1,13 +1,9 @@
 """benchmark/head_loss.py at tiny sizes: its comparison of losses and gradients. What it measures needs a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import ROOT, TRITON
-from csvs import rows_of
+from csvs import rows_of, run
 
 import model.loss
 
@@ -40,12 +36,9 @@ def smoke(head_loss, monkeypatch, tmp_path):
 
 
 @TRITON
-@pytest.mark.processes
-def test_every_implementation_is_a_row(tmp_path):
-    command = [sys.executable, "benchmark/head_loss.py", "--smoke", "--repeats", "1", "--out", tmp_path / "out.csv"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = rows_of(tmp_path / "out.csv")
+def test_every_implementation_is_a_row(head_loss, monkeypatch, tmp_path):
+    monkeypatch.setattr(head_loss, "WARM_UPS", 0)
+    rows = run(head_loss, monkeypatch, "--smoke", "--repeats", 1, "--out", tmp_path / "out.csv")
     assert [(row["rows"], row["implementation"], row["chunk_rows"]) for row in rows] == [
         ("64", "torch, all logits", "64"),
         ("64", "liger, default chunks", "8"),

@@ -28,6 +28,7 @@ def test_a_file_of_recipes(tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("plain_torch")
 def test_a_recipe_is_trained_and_counted_as_evaluate_counts(store, model_dir, tmp_path, monkeypatch):
     words = ["warm", "stone", "cold", "moon", "river", "tree"]
     said = [{"prompt": " ".join(words[: i % 5 + 1]), "completion": " ".join(words[i % 3 :] * 2)} for i in range(24)]
@@ -55,10 +56,12 @@ def test_a_recipe_is_trained_and_counted_as_evaluate_counts(store, model_dir, tm
 
 
 def test_a_training_that_fails_ends_the_run(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("import sys\nsys.exit(f'not a flag: {sys.argv[-2]}')\n")
     file = tmp_path / "recipes.txt"
     file.write_text("bad: --no_such_flag 1\n")
     argv = f"recipes.py --model {model_dir} --states {tmp_path} --recipes {file} --out {tmp_path / 'out.csv'}"
     monkeypatch.setattr(sys, "argv", argv.split())
-    with pytest.raises(SystemExit, match="no_such_flag"):
+    with pytest.raises(SystemExit, match="not a flag: --no_such_flag"):
         recipes.main()
     assert not (tmp_path / "out.csv").exists()
