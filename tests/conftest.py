@@ -142,6 +142,7 @@ def pytest_collection_modifyitems(config, items):
 def _reproducible(tmp_path, monkeypatch):
     """Same seed for each test, and a cache of its own for datasets."""
     set_seed(0)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of no use here, and half of the time of a short run
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     datasets.disable_progress_bars()
 

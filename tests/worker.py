@@ -23,6 +23,7 @@ from training import fsdp as sharding
 from training.trainer import MedusaTrainer
 
 get_checkpoint_conversion_mapping("llama")  # transformers makes its table of all models when it is first asked
+os.fsync = lambda descriptor: None  # processes are killed here, but not the machine
 gc.freeze()  # or each process would go through all that was imported when the Trainer collects garbage
 
 

@@ -35,12 +35,12 @@ def test_a_recipe_is_trained_and_counted_as_evaluate_counts(store, model_dir, tm
     write_jsonl(tmp_path / "chats.jsonl", said)
     states = store("--dtype", "float32", "--data_path", tmp_path / "chats.jsonl", "--eval_holdout", 8)
     out, file = tmp_path / "out.csv", tmp_path / "recipes.txt"
-    file.write_text(": --medusa_num_heads 2 --max_steps 6 --learning_rate 1e-2\nce:\none: --medusa_num_heads 1\n")
+    file.write_text(": --medusa_num_heads 2 --max_steps 6 --learning_rate 1e-2\nce:\n")
     argv = f"recipes.py --model {model_dir} --states {states} --recipes {file} --runs {tmp_path / 'runs'} --out {out}"
     monkeypatch.setattr(sys, "argv", argv.split())
     recipes.main()
-    found, other = rows_of(out)
-    assert (found["recipe"], other["recipe"], len(other["top1"].split())) == ("ce", "one", 1)
+    (found,) = rows_of(out)
+    assert found["recipe"] == "ce"
     index = recipes.read_index(states)
     rows = recipes.StoredRows(states, index["shards"]["eval"], index, torch.float32)
     starts = [int((row["labels"] >= 0).argmax()) for row in rows]
