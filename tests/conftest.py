@@ -7,6 +7,10 @@ import socket
 import sys
 from pathlib import Path
 
+# Of products this small a second thread is of no use, and on a busy machine the first waits for it and spins. Also in
+# all processes that tests start; torch reads it when it is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 if not torch.cuda.is_available():
@@ -22,7 +26,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-torch.set_num_threads(1)  # products this small gain nothing from a second one, and on a busy machine wait long for it
 ROOT = Path(__file__).parent.parent
 SPECIAL = {  # beginning of text, end of turn, and what else a template writes
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),

@@ -33,7 +33,6 @@ def begin(log, environment):
         os.dup2(file.fileno(), 2)
     os.environ.pop("TRITON_INTERPRET", None)  # plain torch in chunks: Triton's interpreter takes far longer
     os.environ |= environment
-    torch.set_num_threads(1)
 
 
 def run(flags, log, environment, fsdp=0, at=None, gradients=None, shard_bytes=None):
