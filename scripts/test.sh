@@ -1,6 +1,6 @@
 #!/bin/sh
 # Sets up and passes the tests on a machine without a GPU: lint, types, shell scripts, every test that needs no GPU.
-#   bash scripts/test.sh                     all of it, about 6 minutes (where there is a GPU, its tests too)
+#   bash scripts/test.sh                     all of it, about 8 minutes (where there is a GPU, its tests too)
 #   bash scripts/test.sh --fast              for the loop while editing: without what takes long (see CONTRIBUTING.md)
 #   bash scripts/test.sh --lint              lint and types only: what a commit hook runs
 #   bash scripts/test.sh tests/model         what pytest is given
