@@ -57,14 +57,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval_holdout", type=float, default=0, help="only the last N (a share if below 1)")
     add("--model_max_length", type=int, default=2048, help="longer conversations are cut")
     add("--max_new_tokens", type=int, default=256, help="the backbone's answers are cut; 0: none")
+    add(
+        "--adaptive",
+        type=int,
+        default=0,
+        metavar="W",
+        help="also measure trees that each pass grows, with W parents a level and W children each, such as 8",
+    )
     add("--batch_size", type=int, default=8, help="conversations at once")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of backbone and heads")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write the figures there (default: HEADS/accuracy.json)")
     add_options(parser)
     args = parser.parse_args()
-    if args.max_new_tokens < 0 or args.batch_size < 1:
-        raise BadInput("--max_new_tokens must be 0 or more, --batch_size 1 or more")
+    if min(args.max_new_tokens, args.adaptive) < 0 or args.batch_size < 1:
+        raise BadInput("--max_new_tokens and --adaptive must be 0 or more, --batch_size 1 or more")
     return args
 
 
@@ -147,7 +154,8 @@ def measure(args, model: MedusaModel, chat: ChatTemplate, data, summary: Summary
     if args.max_new_tokens:
         longest = min(args.model_max_length, context) - args.max_new_tokens
         if prompts := first_prompts(data, chat, longest):
-            result["own"] = own_text(model, prompts, eos, args.max_new_tokens, collate, args.batch_size)
+            asked = (args.max_new_tokens, collate, args.batch_size, args.adaptive)
+            result["own"] = own_text(model, prompts, eos, *asked)
     return result
 
 

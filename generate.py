@@ -29,8 +29,18 @@ from decoding.acceptance import NODES
 from decoding.answers import Decoded, decode
 from decoding.comparison import by_group, compare
 from decoding.decoder import Decoder, check_room
+from decoding.growing import Adaptive
 from decoding.sampling import Sampling
-from decoding.tree import Choices, best_tree, chain, fastest, load_chance, measured_lengths, read_choices
+from decoding.tree import (
+    Choices,
+    best_tree,
+    chain,
+    fastest,
+    load_chance,
+    measured_lengths,
+    measured_temperature,
+    read_choices,
+)
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
 from model.heads_file import find_heads
@@ -55,6 +65,13 @@ def parse_arguments() -> argparse.Namespace:
         "--nodes", type=int, help="guesses in the tree; 0: plain decoding (default: the fastest, measured)"
     )
     tree.add_argument("--tree", help="a tree of your own: a JSON list of rank paths (medusa_choices)")
+    add(
+        "--adaptive",
+        type=int,
+        metavar="W",
+        help="each pass grows a tree of --nodes guesses, by what the heads say there: W parents a level, with W "
+        "children each, such as 8",
+    )
     add("--temperature", type=float, default=0.0, help="0 is greedy: the most likely token; above, tokens are drawn")
     add(
         "--acceptance", choices=("exact", "typical"), default="exact", help="typical: more guesses pass (see the docs)"
@@ -84,6 +101,8 @@ def parse_arguments() -> argparse.Namespace:
         raise BadInput(
             "--max_new_tokens, --batch_size and --limit must be 1 or more, --nodes and --temperature 0 or more"
         )
+    if args.adaptive is not None and not args.nodes:
+        raise BadInput("--adaptive needs the number of guesses: --nodes 32, for example")
     if args.acceptance == "typical" and (args.temperature == 0 or not 0 < args.delta < 1 or not args.epsilon > 0):
         raise BadInput(
             "--acceptance typical needs a --temperature, an --epsilon above 0 and a --delta between 0 and 1"
@@ -103,12 +122,15 @@ def load_model(args) -> MedusaModel:
     return model.to(device)
 
 
-def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) -> Choices:
-    """The tree that the flags ask for: a file's, the best with --nodes, or the fastest of SIZES, measured here."""
+def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) -> Choices | Adaptive:
+    """The tree that the flags ask for: one that each pass grows, a file's, the best with --nodes, or the fastest of
+    SIZES, measured here."""
     heads = len(model.medusa_heads)
     if args.tree:
         return read_choices(args.tree, heads)
     figures = Path(args.heads) / "accuracy.json"
+    if args.adaptive is not None:
+        return Adaptive(args.nodes, args.adaptive, measured_temperature(figures) if figures.is_file() else 1.0)
     if not figures.is_file():
         logger.warning(
             "%s is not there, so how often the heads are right is not known: a chain of %d guesses instead of a tree "
@@ -138,7 +160,9 @@ def stream(tokenizer):
     return lambda tokens: streamer.end() if tokens is None else streamer.put(torch.tensor(tokens))
 
 
-def decode_all(args, model: MedusaModel, tokenizer, prompts: list[list[int]]) -> tuple[Choices, list[Decoded]]:
+def decode_all(
+    args, model: MedusaModel, tokenizer, prompts: list[list[int]]
+) -> tuple[Choices | Adaptive, list[Decoded]]:
     """-> (the tree, [the run with it]); with --compare, a plain run comes first in the list."""
     context = context_length(model.backbone)
     check_room(prompts, context)
@@ -148,12 +172,12 @@ def decode_all(args, model: MedusaModel, tokenizer, prompts: list[list[int]]) ->
     # The answers of a batch would mix on the terminal, and printing would distort --compare.
     show = stream(tokenizer) if args.batch_size == 1 and not args.compare else None
     runs: list[Decoded] = []
-    trees: list[Choices] = [[], choices] if args.compare else [choices]
+    trees: list[Choices | Adaptive] = [[], choices] if args.compare else [choices]
     for tree in trees:
-        depth = len(tree[-1]) if tree else 0
-        name = f"{depth} head{'s' * (depth > 1)}, tree of {len(tree)}" if tree else "plain"
         set_seed(args.seed)
         decoder = Decoder(model, tree, args.batch_size, max_length, sampling, agree=args.agree)
+        depth, kind = decoder.most - 1, "adaptive tree" if isinstance(tree, Adaptive) else "tree"
+        name = f"{depth} head{'s' * (depth > 1)}, {kind} of {decoder.real - 1}" if depth else "plain"
         runs.append(decode(decoder, prompts, args.max_new_tokens, eos, name, show))
     return choices, runs
 
@@ -172,7 +196,8 @@ def main():
     model = load_model(args)
     choices, runs = decode_all(args, model, tokenizer, prompts)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in runs[-1].answers]
-    result: dict[str, Any] = {"tree": choices, "answers": answers}
+    tree = choices._asdict() if isinstance(choices, Adaptive) else choices
+    result: dict[str, Any] = {"tree": tree, "answers": answers}
     if args.compare:
         plain, heads = runs
         text, figures = compare(plain, heads, tokenizer, model.lm_head.weight.dtype, greedy=args.temperature == 0)

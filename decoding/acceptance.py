@@ -8,7 +8,9 @@ A text is a list of rank paths here, one per token: the longest right path if th
 head 1, 2, ... The last token has none, because no pass follows it. The prefill yields the first token.
 """
 
+from collections.abc import Callable
 from itertools import takewhile
+from typing import TypeVar
 
 from decoding.tree import Choices, best_tree, chain, expected_length, independent
 
@@ -17,6 +19,7 @@ NO_TOKEN = -1  # instead of a rank: the text ends before that head's token
 NODES = (4, 8, 16, 32, 63)  # 63 guesses and the root fill a tile of 64 rows
 
 RankPath = tuple[int, ...]
+Item = TypeVar("Item")
 
 
 def right_path(ranks: list[int]) -> RankPath:
@@ -24,18 +27,24 @@ def right_path(ranks: list[int]) -> RankPath:
     return tuple(takewhile(lambda rank: 0 <= rank < TOP, ranks))
 
 
-def acceptance_length(choices: Choices, texts: list[list[RankPath]]) -> float:
-    """Tokens per pass of greedy decoding with this tree over all texts. As in a real run, the prefill and its token do
-    not count, and a text's end cuts its last pass short. 0 if there is no pass."""
-    tree, passes = set(choices), 0
+def starts(texts: list[list[Item]], accepted: Callable[[Item], int]) -> list[Item]:
+    """Of all tokens of the texts, those that are roots of a decoder's passes. accepted: how many guesses a pass would
+    accept there."""
+    found = []
     for text in texts:
         root = 0
         while root < len(text):
-            path = text[root]
-            accepted = next((depth for depth in range(len(path), 0, -1) if path[:depth] in tree), 0)
-            root += accepted + 1  # the backbone's own token follows the accepted ones: the next root
-            passes += 1
-    return sum(map(len, texts)) / max(1, passes)
+            found.append(text[root])
+            root += accepted(text[root]) + 1  # the backbone's own token follows the accepted ones: the next root
+    return found
+
+
+def acceptance_length(choices: Choices, texts: list[list[RankPath]]) -> float:
+    """Tokens per pass of greedy decoding with this tree over all texts. As in a real run, the prefill and its token do
+    not count, and a text's end cuts its last pass short. 0 if there is no pass."""
+    tree = set(choices)
+    roots = starts(texts, lambda path: next((d for d in range(len(path), 0, -1) if path[:d] in tree), 0))
+    return sum(map(len, texts)) / max(1, len(roots))
 
 
 def acceptance(top: list[list[float]], texts: list[list[RankPath]]) -> list[dict]:

@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from conversations.batches import Collator
 from conversations.targets import IGNORE, shifted_targets
-from decoding.acceptance import NO_TOKEN, TOP, acceptance, right_path
+from decoding.acceptance import NO_TOKEN, NODES, TOP, acceptance, right_path, starts
 from decoding.answers import answer_all
+from decoding.growing import Adaptive, Growing
 from medusa_model import MedusaModel
 from model.heads import MedusaHead, Text, until
 from model.loss import cap
 from model.vocabulary import to_draft
 
+TEMPERATURES = (0.7, 1.0, 1.4, 2.0)  # of the heads, to choose from for trees that are grown
 ROWS = 512  # rows whose logits exist at once: 512 x 128256 x 4 bytes = 0.26 GB
 
 
@@ -110,6 +112,19 @@ def by_length(sequences: list[list[int]]) -> list[int]:
     return sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
 
 
+def read_answers(model: MedusaModel, prompts, answers, collate: Collator, batch_size: int, doing: str):
+    """Reads each prompt with its answer, batch by batch. -> the numbers of its rows, hidden and text as `model.read`
+    returns them, and labels `[B, T]` of the answers."""
+    device = model.lm_head.weight.device
+    both = list(zip(prompts, answers, strict=True))
+    rows = [{"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer} for prompt, answer in both]
+    order = by_length([row["input_ids"] for row in rows])
+    for start in tqdm(range(0, len(rows), batch_size), desc=doing, unit="batch", disable=None):
+        chosen = order[start : start + batch_size]
+        batch = collate([rows[i] for i in chosen])
+        yield chosen, *model.read(batch["input_ids"].to(device)), batch["labels"].to(device)
+
+
 @torch.inference_mode()
 def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_size: int) -> list[torch.Tensor]:
     """One table `[n, K+1]` of ranks for each answer of n tokens. Row t belongs to the position where the backbone
@@ -117,29 +132,60 @@ def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_siz
 
     Heads also guess the answer's first tokens from the prompt. Those rows do not count: no pass starts there.
     """
-    device = model.lm_head.weight.device
-    both = list(zip(prompts, answers, strict=True))
-    rows = [{"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer} for prompt, answer in both]
-    order = by_length([row["input_ids"] for row in rows])
     tables: dict[int, torch.Tensor] = {}
-    for start in tqdm(range(0, len(rows), batch_size), desc="reading answers", unit="batch", disable=None):
-        chosen = order[start : start + batch_size]
-        batch = collate([rows[i] for i in chosen])
-        found = ranks_of_heads(model, *model.read(batch["input_ids"].to(device)), batch["labels"].to(device)).cpu()
-        for i, table in zip(chosen, found, strict=True):
+    for chosen, *read in read_answers(model, prompts, answers, collate, batch_size, "reading answers"):
+        for i, table in zip(chosen, ranks_of_heads(model, *read).cpu(), strict=True):
             tables[i] = table[len(prompts[i]) - 1 :][: len(answers[i])]
-    return [tables[i] for i in range(len(rows))]
+    return [tables[i] for i in range(len(prompts))]
 
 
-def own_text(model: MedusaModel, prompts, eos: set[int], max_new_tokens: int, collate, batch_size: int) -> dict:
+@torch.inference_mode()
+def own_trees(model: MedusaModel, prompts, answers, size: Adaptive, collate: Collator, batch_size: int) -> list[dict]:
+    """Rows of `acceptance` for trees of up to so many nodes that each pass grows, on these answers. expected: what the
+    heads themselves promise, in the mean over the passes. Raises BadInput for a beam of more tokens than heads guess.
+    """
+    most = size.candidates(len(model.medusa_heads))
+    sizes = sorted({min(nodes, most) for nodes in NODES if nodes <= size.nodes})
+    growing, texts = Growing(model, size._replace(nodes=sizes[-1])), []
+    chunk = max(1, ROWS // size.beam)
+    for _, hidden, _, labels in read_answers(model, prompts, answers, collate, batch_size, "growing trees"):
+        ahead = torch.stack([shifted_targets(labels, shift) for shift in range(1, len(model.medusa_heads) + 2)], -1)
+        for states, text in zip(hidden, ahead, strict=True):
+            passes = (text[:, :2] != IGNORE).all(1)  # a pass starts at every token but the last
+            parts = zip(states[passes].split(chunk), text[passes].split(chunk), strict=True)
+            texts += [torch.cat([torch.stack(growing.along(*part), 2)[:, sizes].cpu() for part in parts])]
+    rows = []
+    for i, nodes in enumerate(sizes):
+        roots = starts([text[:, i].tolist() for text in texts], lambda place: int(place[0]))
+        count = max(1, len(roots))
+        length, expected = sum(map(len, texts)) / count, sum(place[1] for place in roots) / count
+        rows.append({"tree": "adaptive", "nodes": nodes, "length": length, "expected": expected})
+    return rows
+
+
+def own_text(
+    model: MedusaModel, prompts, eos: set[int], max_new_tokens: int, collate, batch_size: int, beam: int = 0
+) -> dict:
     """`rows` and `top` as in `reference_text`, but on the backbone's own answers, and the trees' `acceptance`. Trees
-    are built from the first half of the prompts and measured on the second."""
+    are built from the first half of the prompts and measured on the second. beam: also of trees that each pass grows
+    with this beam; the first half says with which temperature of the heads."""
     order = by_length(prompts)
     found = answer_all(model, [prompts[i] for i in order], max_new_tokens, batch_size, eos)
     bar = tqdm(found, total=len(prompts), desc="answering", unit="prompt", disable=None)
     answers = dict(zip(order, bar, strict=True))
-    tables = own_ranks(model, prompts, [answers[i] for i in range(len(prompts))], collate, batch_size)
-    return {"conversations": len(tables), "max_new_tokens": max_new_tokens} | figures(tables)
+    texts, half = [answers[i] for i in range(len(prompts))], len(prompts) // 2
+    result = figures(own_ranks(model, prompts, texts, collate, batch_size))
+    if beam:
+
+        def grown(part: slice, temperature: float) -> list[dict]:
+            size = Adaptive(max(NODES), beam, temperature)
+            return own_trees(model, prompts[part], texts[part], size, collate, batch_size)
+
+        lengths = {t: sum(row["length"] for row in grown(slice(half or None), t)) for t in TEMPERATURES}
+        temperature = max(lengths, key=lambda t: lengths[t])
+        result["acceptance"] += grown(slice(half, None), temperature)
+        result["temperature"] = temperature
+    return {"conversations": len(prompts), "max_new_tokens": max_new_tokens} | result
 
 
 def figures(tables: list[torch.Tensor]) -> dict:

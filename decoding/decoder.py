@@ -23,12 +23,13 @@ import torch
 
 from common.errors import BadInput
 from decoding.attention import TreeCache, decoding
+from decoding.growing import Adaptive, Growing
 from decoding.guessing import LevelByLevel
 from decoding.in_order import PASS_ROWS, check_can_agree
 from decoding.kernels import can_run
 from decoding.products import AllHeads, Products, sharing
 from decoding.sampling import GREEDY, Sampling, choose
-from decoding.tree import Choices, Layout, check, filled_up, layout
+from decoding.tree import Choices, Layout, check, filled_up, layout, ranks
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
 from model.loss import cap
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Decoder:
-    """Decodes up to batch_size prompts at once with one tree.
+    """Decodes up to batch_size prompts at once, with one tree or (Adaptive) with those that each pass grows.
 
     max_length: prompt plus new tokens of a row. graph: on a GPU, capture a pass as a CUDA graph. agree: the same text
     with every tree, to the token, in bf16 too (decoding/in_order.py). Raises BadInput for a tree deeper than the
@@ -48,7 +49,7 @@ class Decoder:
     def __init__(
         self,
         model: MedusaModel,
-        choices: Choices,
+        choices: Choices | Adaptive,
         batch_size: int,
         max_length: int,
         sampling: Sampling = GREEDY,
@@ -56,18 +57,27 @@ class Decoder:
         agree: bool = False,
     ):
         self.model, self.sampling, self.agree = model.eval(), sampling, agree
-        self.choices = check(choices, len(model.medusa_heads))
         device = self.device = model.lm_head.weight.device
         config = model.backbone.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernels, rope_moves = can_run(device, size), rope_follows_length(config)
-        tree = layout(self.choices)
+        self.growing: Growing | None = None
+        self.ranks = 0  # guesses of each head, where they are the same behind all parents
+        if isinstance(choices, Adaptive):
+            self.growing = Growing(model, choices)
+            tree = Layout(*(part[0] for part in self.growing.room(1)))
+        else:
+            choices = check(choices, len(model.medusa_heads))
+            self.ranks = ranks(choices, config.vocab_size if model.token_map is None else len(model.token_map))
+            tree = layout(choices)
         self.real = len(tree.depth)  # rows of a pass that are nodes
         if agree:
-            check_can_agree(tree, self.kernels, sampling.temperature == 0, rope_moves)
+            check_can_agree(tree, self.kernels, sampling.temperature == 0, rope_moves, self.growing is not None)
             tree = filled_up(tree, PASS_ROWS)
-        self.tree = Layout(*(tensor.to(device) for tensor in tree))
         self.nodes, self.most = len(tree.depth), tree.path.shape[1]  # rows of a pass; tokens it can yield
+        tree = Layout(*(tensor.to(device) for tensor in tree))
+        one_for_all = Layout(*(tensor.expand(batch_size, *tensor.shape) for tensor in tree))
+        self.tree = self.growing.room(batch_size) if self.growing else one_for_all
         self.max_length, self.context = max_length, context_length(model.backbone)
         if max_length > self.context:
             raise BadInput(
@@ -80,25 +90,21 @@ class Decoder:
         heads = self.heads = model.medusa_heads[: self.most - 1]  # those that the tree uses
         self.products: list[Products] = []
         self.all_heads: AllHeads | None = None
-        depends = any(head.reads_path for head in heads)
-        self.by_level = LevelByLevel(model, heads, self.tree) if depends else None
+        depends = not self.growing and any(head.reads_path for head in heads)
+        self.by_level = LevelByLevel(model, heads, tree) if depends else None
         if device.type == "cuda":
             model.use_liger_in_backbone()
             self.products = sharing(model.backbone)
-            if self.by_level:
+            if self.by_level or self.growing:
                 self.products += sharing(heads)  # behind one parent of one text: one row
             elif batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
                 self.all_heads = AllHeads(heads)
-        self.places = torch.arange(places, device=device)
+        self.places, self.row = torch.arange(places, device=device), torch.arange(batch_size, device=device)[:, None]
         # What a pass reads and writes: always the same memory, so that a CUDA graph can replay it.
         self.tokens = torch.zeros(batch_size, self.nodes, dtype=torch.int64, device=device)  # root and guesses
         self.length = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # tokens in the cache
         self.active = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
         self.out = torch.zeros(batch_size, self.most + 1, dtype=torch.int64, device=device)  # count, then tokens
-        self.ranks = 1 + max((rank for choice in self.choices for rank in choice), default=-1)  # guesses of each head
-        guessed = config.vocab_size if model.token_map is None else len(model.token_map)
-        if self.ranks > guessed:
-            raise BadInput(f"the tree has rank {self.ranks - 1}, but heads guess {guessed} tokens: leave it out")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.use_graph = graph and device.type == "cuda"
         if self.use_graph and rope_moves:
@@ -123,7 +129,7 @@ class Decoder:
             use_cache=True,
         ).last_hidden_state
         self.length.copy_(lengths)
-        hidden = hidden[torch.arange(batch, device=self.device), self.length[:, 0] - 1]
+        hidden = hidden[self.row, self.length - 1][:, 0]
         chosen, _ = choose(self.logits(hidden[:, None]), self.sampling)
         self.tokens[:, :1] = chosen
         self.guess(hidden)
@@ -134,7 +140,9 @@ class Decoder:
 
     def guess(self, hidden: torch.Tensor):
         """Fills the tree with the heads' best tokens behind the root. hidden `[B, H]`: from where that was chosen."""
-        if self.by_level:
+        if self.growing:
+            self.growing(hidden, self.tokens, self.tree)
+        elif self.by_level:
             self.by_level(hidden, self.tokens)
         elif self.ranks:
             logits = (
@@ -143,11 +151,11 @@ class Decoder:
             best = logits.topk(self.ranks).indices  # [B, heads, ranks]
             if self.model.token_map is not None:
                 best = self.model.token_map[best]
-            self.tokens[:, 1:] = best[:, self.tree.depth[1:] - 1, self.tree.rank[1:]]
+            self.tokens[:, 1:] = best[:, self.tree.depth[0, 1:] - 1, self.tree.rank[0, 1:]]
 
     def step(self):
         """One pass: advances `tokens` and `length`; `out` gets each row's count of new tokens, then the tokens."""
-        tree, batch = self.tree, len(self.tokens)
+        tree, row = self.tree, self.row
         self.cache.length = self.length
         hidden = self.model.backbone.get_decoder()(
             input_ids=self.tokens,
@@ -159,9 +167,9 @@ class Decoder:
         ).last_hidden_state
         chosen, logp = choose(self.logits(hidden), self.sampling)
         if logp is None:
-            right = self.tokens == chosen[:, tree.parent]
+            right = self.tokens == chosen.gather(1, tree.parent)
         else:  # log-probability of each node under its parent
-            likely = logp[:, tree.parent].gather(2, self.tokens[:, :, None])[:, :, 0]
+            likely = logp[row, tree.parent, self.tokens]
             right = likely > -torch.inf
         right[:, 0] = True  # the root
         accepted = ~(~right[:, None] & tree.ancestors).any(2)
@@ -171,14 +179,14 @@ class Decoder:
             total = torch.where(tree.ancestors, likely[:, None], 0).sum(2)
             depth = total.masked_fill(depth < depth.amax(1, keepdim=True), -torch.inf)
         best = depth.argmax(1, keepdim=True)  # [B, 1]
-        way, root, guessed = tree.path[best[:, 0]], chosen.gather(1, best), tree.depth[best]
+        way, root, guessed = tree.path[row, best][:, 0], chosen.gather(1, best), tree.depth.gather(1, best)
         new = self.tokens.gather(1, way).roll(-1, 1)  # the accepted guesses; the backbone's token goes after them
         self.out[:, 1:] = new.scatter(1, guessed, root)
         self.out[:, :1] = guessed + 1
         self.cache.move(self.length + way, self.length + torch.arange(self.most, device=self.device))
         self.length += (guessed + 1) * self.active
         self.tokens[:, :1] = root
-        self.guess(hidden[torch.arange(batch, device=self.device), best[:, 0]])
+        self.guess(hidden[row, best][:, 0])
 
     def view(self) -> dict:
         """What each node may attend to, as `attend` takes it: the text, the node's ancestors and the node itself."""
@@ -191,16 +199,18 @@ class Decoder:
         filled = int(self.length.max()) + self.nodes if self.device.type == "cpu" else None
         behind = self.places[:filled] - self.length  # [B, S]: 0 at the root, below 0 in the text
         node = behind.clamp(0, self.nodes - 1)
-        mine = tree.ancestors[:, node].transpose(0, 1) & ((behind >= 0) & (behind < self.nodes))[:, None]
+        mine = tree.ancestors.gather(2, node[:, None].expand(-1, self.nodes, -1))
+        mine &= ((behind >= 0) & (behind < self.nodes))[:, None]
         mask = (behind < 0)[:, None] | mine  # [B, n, S]
         # How many tokens each node is after each position, for backbones with a sliding window.
-        distance = tree.depth[:, None] - torch.where(behind < 0, behind, tree.depth[node])[:, None]
+        distance = tree.depth[:, :, None] - torch.where(behind < 0, behind, tree.depth.gather(1, node))[:, None]
         return {"attention_mask": mask[:, None], "distance": distance}
 
     def capture(self):
         """Records `step` as a CUDA graph. Undoes its passes, but for the cache past `length`, which nothing reads."""
         with torch.random.fork_rng([self.device]):
-            state = self.tokens.clone(), self.length.clone()
+            state = [self.tokens, self.length, *(self.tree if self.growing else ())]
+            before = [tensor.clone() for tensor in state]
             self.active.zero_()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -211,7 +221,7 @@ class Decoder:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.step()
-            for tensor, value in zip((self.tokens, self.length), state, strict=True):
+            for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
     def passes(self) -> Iterator[list[list[int]]]:

@@ -38,6 +38,21 @@ def levels(tree: Layout) -> list[Level]:
     return found
 
 
+def head_logits(model: MedusaModel, head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """One head behind each parent: hidden `[B, H]`, path ids `[B, P, l]` -> `[B, P, V']`. Without the soft cap,
+    which changes no order."""
+    # One row (one text, one parent) takes the Triton kernel of decoding/products.py, more rows cuBLAS. Room for
+    # later: layers that read h alone run here for P equal rows, a level at a time. They could run for one row and
+    # all heads in one launch, as in AllHeads, before the first level. What is left of a level before its
+    # projection (a table or embeddings, a small product, an activation) could be one kernel: now it is a few, of
+    # at least 2 us each.
+    dtype, path = head.projection.weight.dtype, model.path(ids)
+    if path is not None and path.embeds is not None:
+        path = Path(path.ids, path.embeds.to(dtype))  # the backbone may be bf16 and the heads fp32
+    rows = hidden.to(dtype)[:, None].expand(-1, ids.shape[1], -1)
+    return head.projection(head.inputs(rows, path))
+
+
 class LevelByLevel:
     """Fills a tree. heads: as many as it is deep. Shapes are fixed and nothing leaves the device."""
 
@@ -48,21 +63,8 @@ class LevelByLevel:
         """hidden `[B, H]`: from where the root was chosen. tokens int64 `[B, n]`: the root is there, in column 0; the
         guesses are written into the others."""
         for head, level in zip(self.heads, self.levels, strict=True):
-            best = self.logits(head, hidden, tokens[:, level.path]).topk(level.ranks).indices  # [B, P, ranks]
+            logits = head_logits(self.model, head, hidden, tokens[:, level.path])
+            best = logits.topk(level.ranks).indices  # [B, P, ranks]
             if self.model.token_map is not None:
                 best = self.model.token_map[best]
             tokens[:, level.nodes] = best[:, level.parent, level.rank]
-
-    def logits(self, head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """One head behind each parent: hidden `[B, H]`, path ids `[B, P, l]` -> `[B, P, V']`. Without the soft cap,
-        which changes no order."""
-        # One row (one text, one parent) takes the Triton kernel of decoding/products.py, more rows cuBLAS. Room for
-        # later: layers that read h alone run here for P equal rows, a level at a time. They could run for one row and
-        # all heads in one launch, as in AllHeads, before the first level. What is left of a level before its
-        # projection (a table or embeddings, a small product, an activation) could be one kernel: now it is a few, of
-        # at least 2 us each.
-        dtype, path = head.projection.weight.dtype, self.model.path(ids)
-        if path is not None and path.embeds is not None:
-            path = Path(path.ids, path.embeds.to(dtype))  # the backbone may be bf16 and the heads fp32
-        rows = hidden.to(dtype)[:, None].expand(-1, ids.shape[1], -1)
-        return head.projection(head.inputs(rows, path))

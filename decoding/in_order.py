@@ -33,13 +33,14 @@ SHARE = 256  # keys of a program: with fewer a long text has many shares to merg
 STEP_BYTES = 2**14  # of keys, and as many of values, that a program reads in one step
 
 
-def check_can_agree(tree: Layout, kernels: bool, greedy: bool, rope_moves: bool):
+def check_can_agree(tree: Layout, kernels: bool, greedy: bool, rope_moves: bool, grown: bool = False):
     """Raises BadInput where texts could not agree. kernels: whether they run here. rope_moves: RoPE depends on the
-    length of the text."""
+    length of the text. grown: in each pass anew, so that it is not filled up."""
     nodes, depth = len(tree.depth), tree.path.shape[1] - 1
     for wrong, need in (
         (not kernels, "a GPU, and attention heads of a power of two from 16 on: try --dtype float32 without it"),
         (nodes > PASS_ROWS, f"a tree of at most {PASS_ROWS - 1} guesses, and this one has {nodes - 1}"),
+        (grown and nodes < PASS_ROWS, f"--nodes {PASS_ROWS - 1} with --adaptive: its passes have {PASS_ROWS} rows"),
         (depth > NEAR, f"a tree at most {NEAR} guesses deep, and this one is {depth} deep"),
         (not greedy, "--temperature 0: how many random numbers are drawn depends on the tree"),
         (rope_moves, "a backbone whose RoPE does not change with the length of the text"),

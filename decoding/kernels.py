@@ -80,7 +80,7 @@ def attention_config(
 @triton.jit(do_not_specialize=["nodes"])
 def _attend(
     q_ptr, k_ptr, v_ptr, length_ptr, ancestors_ptr, depth_ptr, out_ptr, lse_ptr, scaling, nodes, kv_heads,
-    q_b, q_h, q_n, q_d, k_b, k_h, k_s, v_b, v_h, v_s,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_s, v_b, v_h, v_s, a_b, d_b,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -93,6 +93,8 @@ def _attend(
     q = tl.load(q, mask=mine[:, None], other=0.0)
     k_ptr += batch * k_b + kv_head * k_h
     v_ptr += batch * v_b + kv_head * v_h
+    ancestors_ptr += batch * a_b
+    depth_ptr += batch * d_b
     if WINDOW is not None:
         depth = tl.load(depth_ptr + node)
 
@@ -150,10 +152,10 @@ def tree_attention(
     """Attention of the n nodes of a tree: query `[B, H, n, D]`, keys and values `[B, H_kv, S, D]` -> `[B, n, H, D]`.
 
     keys and values are the whole cache: the text in `[:length]`, the nodes in the n positions after it. length
-    `[B, 1]` is int64, on the device. A node attends to the text and to the nodes in its row of ancestors `[n, n]`
-    bool, itself among them. Its position in the text is length + depth `[n]`; with a sliding window it attends only to
-    what is less than that many tokens before it. Only the filled part of the cache is read, once for all nodes and all
-    query heads that share it.
+    `[B, 1]` is int64, on the device. A node attends to the text and to the nodes in its row of ancestors `[B, n, n]`
+    bool, itself among them. Its position in the text is length + depth `[B, n]`; with a sliding window it attends only
+    to what is less than that many tokens before it. Trees are contiguous, and may all be one (a stride of 0). Only the
+    filled part of the cache is read, once for all nodes and all query heads that share it.
     """
     batch, heads, nodes, size = query.shape
     kv_heads, places = keys.shape[1:3]
@@ -172,7 +174,7 @@ def tree_attention(
         lse = partial.new_empty(partial.shape[:-1])
     _attend[(triton.cdiv(groups * nodes, config.rows), config.splits, batch * kv_heads)](
         query, keys, values, length, ancestors, depth, partial, lse, scaling, nodes, kv_heads,
-        *query.stride(), *keys.stride()[:3], *values.stride()[:3],
+        *query.stride(), *keys.stride()[:3], *values.stride()[:3], ancestors.stride(0), depth.stride(0),
         GROUPS=groups, SIZE=size, SOFTCAP=softcap, WINDOW=sliding_window,
         ROWS=config.rows, KEYS=config.keys, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

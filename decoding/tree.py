@@ -50,6 +50,14 @@ def check(choices, num_heads: int | None = None, source: str = "the tree") -> Ch
     return tree
 
 
+def ranks(choices: Choices, tokens: int) -> int:
+    """How many guesses of each head the tree has. Raises BadInput for more than the tokens that heads guess."""
+    found = 1 + max((rank for choice in choices for rank in choice), default=-1)
+    if found > tokens:
+        raise BadInput(f"the tree has rank {found - 1}, but heads guess {tokens} tokens: leave it out")
+    return found
+
+
 def read_choices(path, num_heads: int | None = None) -> Choices:
     """Reads a JSON file with the list of lists that the original Medusa and TensorRT-LLM take as medusa_choices."""
     return check(read_json(path), num_heads, source=f"the tree {path}")
@@ -178,6 +186,11 @@ def measured_lengths(path) -> dict[int, float]:
     did not."""
     rows = (read_json(path).get("own") or {}).get("acceptance", [])
     return {row["nodes"]: row["length"] for row in rows if row["tree"] == "best" and row["length"]}  # 0: no passes
+
+
+def measured_temperature(path) -> float:
+    """Of the heads, for trees that each pass grows; 1 if evaluate.py did not measure such trees."""
+    return (read_json(path).get("own") or {}).get("temperature", 1.0)
 
 
 def read_step_times(path) -> dict[int, float]:

@@ -109,16 +109,19 @@ def test_own_text_is_what_the_backbone_says(heads_dir, data_file, monkeypatch, c
     assert 0 < cut < 12  # answers end in both ways
     with caplog.at_level(logging.INFO):
         flags = ("--data_path", data_file, "--eval_holdout", 12, "--dtype", "float32", "--max_new_tokens", 20)
-        run(monkeypatch, heads_dir, *flags)
+        run(monkeypatch, heads_dir, *flags, "--adaptive", 3)
     assert "left out" not in caplog.text
     result = json.loads((heads_dir / "accuracy.json").read_text())
     assert result.keys() == {"heads", "data_path", "rows", "top", "before", "own"}
     found = result["own"]
-    assert found.keys() == {"conversations", "max_new_tokens", "rows", "top", "acceptance"}
+    assert found.keys() == {"conversations", "max_new_tokens", "rows", "top", "acceptance", "temperature"}
     assert found["conversations"] == 12
     assert found["rows"] == [sum(max(0, n - k) for n in tokens) for k in range(HEADS + 1)]
     assert found["top"][0][0] == 1  # the backbone's own words, greedily
-    assert [row["tree"] for row in found["acceptance"]] == ["chain"] + ["best"] * (len(found["acceptance"]) - 1)
+    sizes = [row["nodes"] for row in found["acceptance"] if row["tree"] == "adaptive"]
+    assert sizes == [4, 8, 16, 21]  # 3 candidates of head 1, 9 of each other
+    fixed = len(found["acceptance"]) - 4
+    assert [row["tree"] for row in found["acceptance"]] == ["chain", *["best"] * (fixed - 1), *["adaptive"] * 4]
     assert found["acceptance"][0]["nodes"] == HEADS
     _, words, trees = cells(capsys.readouterr().out)
     for k, line in enumerate(words):
@@ -148,7 +151,7 @@ def test_without_matplotlib_only_the_picture_is_missing(heads_dir, data_file, mo
     assert (heads_dir / "accuracy.json").is_file() and not (heads_dir / "accuracy.png").exists()
 
 
-@pytest.mark.parametrize("flags", [("--max_new_tokens", -1), ("--batch_size", 0)])
+@pytest.mark.parametrize("flags", [("--max_new_tokens", -1), ("--batch_size", 0), ("--adaptive", -1)])
 def test_flags_that_mean_nothing(flags, monkeypatch):
     with pytest.raises(BadInput, match=flags[0]):
         run(monkeypatch, "heads", "--data_path", "chats.jsonl", *flags)

@@ -102,6 +102,18 @@ def test_compare_shows_both(stage1, monkeypatch, capsys):
     assert f"{depth} head{'s' * (depth > 1)}, tree of 6" in printed
 
 
+def test_a_tree_that_each_pass_grows(stage1, monkeypatch, capsys):
+    """It needs no evaluate.py."""
+    asked = ("--prompt", PROMPTS[0], "--max_new_tokens", 12, "--nodes", 6)
+    result = run(monkeypatch, stage1, *asked, "--adaptive", 4, "--compare")
+    assert result["identical"] == 1 and result["tree"] == {"nodes": 6, "beam": 4, "temperature": 1.0}
+    assert "3 heads, adaptive tree of 6" in capsys.readouterr().out
+    (stage1 / "accuracy.json").write_text(json.dumps({"own": {"temperature": 1.4}}))
+    assert run(monkeypatch, stage1, *asked, "--adaptive", 4)["tree"]["temperature"] == 1.4
+    with pytest.raises(BadInput, match="--adaptive 321: from 1 to 320, as many tokens as the heads guess"):
+        run(monkeypatch, stage1, *asked, "--adaptive", 321)
+
+
 def test_groups_of_prompts_have_a_table(stage1, monkeypatch, capsys, tmp_path):
     write_accuracies(stage1)
     names, file = ("qa", "sums", "qa", None), tmp_path / "prompts.jsonl"
@@ -184,6 +196,8 @@ def test_prompts_from_a_file(stage1, monkeypatch, tmp_path):
         (["--prompt", "a", "--tree", "missing.json"], "missing.json"),
         (["--prompt", "a", "--batch_size", "0"], "must be 1 or more"),
         (["--prompt", "a", "--nodes", "-1"], "0 or more"),
+        (["--prompt", "a", "--adaptive", "4"], "--adaptive needs the number of guesses"),
+        (["--prompt", "a", "--adaptive", "4", "--nodes", "0"], "--adaptive needs the number of guesses"),
         (["--prompt", "a", "--acceptance", "typical"], "needs a --temperature"),
         (
             ["--prompt", "a", "--acceptance", "typical", "--temperature", "1", "--delta", "1"],

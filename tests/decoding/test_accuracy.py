@@ -8,6 +8,7 @@ from conversations.batches import Collator
 from conversations.targets import IGNORE
 from decoding import accuracy
 from decoding.acceptance import NO_TOKEN, TOP, acceptance, right_path
+from decoding.growing import Adaptive
 from medusa_model import MedusaConfig, MedusaModel
 from model.path_heads import HEAD_TYPES
 
@@ -130,7 +131,7 @@ def test_own_ranks_equal_those_of_one_text_after_the_other(answered, batch_size)
     assert answered[0].token_map is None or guessed == {NO_TOKEN, *range(5), TOP}
 
 
-def own(answered, monkeypatch, count=None):
+def own(answered, monkeypatch, count=None, beam=0):
     """own_text with the fixture's answers in the place of the model's."""
     model, prompts, answers = (answered[0], *(items[:count] for items in answered[1:]))
 
@@ -140,7 +141,7 @@ def own(answered, monkeypatch, count=None):
         yield from (answers[prompts.index(prompt)] for prompt in asked)
 
     monkeypatch.setattr(accuracy, "answer_all", answer_all)
-    result = accuracy.own_text(model, prompts, {7}, 99, Collator(pad_token_id=0), 4)
+    result = accuracy.own_text(model, prompts, {7}, 99, Collator(pad_token_id=0), 4, beam)
     tables = [ranks_by_hand(model, *pair) for pair in zip(prompts, answers, strict=True)]
     return result, tables, [[right_path(row[1:]) for row in table[:-1]] for table in tables]
 
@@ -159,6 +160,24 @@ def test_own_text_chooses_trees_on_one_half_and_measures_on_the_other(answered, 
     want = acceptance(shares(tables[:5]), texts[5:])
     assert result["acceptance"] == want != acceptance(shares(tables[5:]), texts[:5])
     assert want != acceptance(shares(tables), texts) and want[-1]["length"] > 1
+
+
+def test_trees_that_are_grown_are_measured_on_the_same_half(answered, monkeypatch):
+    (fixed, *_), (result, *_) = (own(answered, monkeypatch, beam=beam) for beam in (0, 3))
+    model, prompts, answers = answered
+    fixed, grown = fixed["acceptance"], result["acceptance"]
+
+    def on(part, temperature):
+        size = Adaptive(63, 3, temperature)
+        return accuracy.own_trees(model, prompts[part], answers[part], size, Collator(pad_token_id=0), 20)
+
+    lengths = [sum(row["length"] for row in on(slice(5), t)) for t in accuracy.TEMPERATURES]
+    assert lengths[accuracy.TEMPERATURES.index(result["temperature"])] == pytest.approx(max(lengths), abs=1e-9)
+    want = on(slice(5, None), result["temperature"])
+    assert grown[: len(fixed)] == fixed and len(grown) == len(fixed) + len(want)
+    for row, wanted in zip(grown[len(fixed) :], want, strict=True):
+        assert row.pop("tree") == wanted.pop("tree") == "adaptive" and row == pytest.approx(wanted, rel=1e-5)
+    assert want[-1]["length"] > 1
 
 
 def test_a_single_conversation_has_to_do_for_both(answered, monkeypatch):

@@ -11,7 +11,7 @@ from decoding.decoder import Decoder
 from decoding.guessing import Level, LevelByLevel, levels
 from decoding.products import Products, sharing
 from decoding.sampling import Sampling
-from decoding.tree import chain, independent, layout
+from decoding.tree import chain, check, independent, layout
 from model.heads import Path
 
 both = pytest.mark.parametrize("kind", ["markov", "hydra"])
@@ -115,7 +115,7 @@ def test_heads_that_read_no_path_guess_the_same_either_way():
             decoder = Decoder(model, tree, 2, 60)
             assert decoder.by_level is None
             answers = decode(decoder, PROMPTS[:2], 20)
-            decoder.by_level = LevelByLevel(model, decoder.heads, decoder.tree)
+            decoder.by_level = LevelByLevel(model, decoder.heads, layout(check(tree)))
             assert decode(decoder, PROMPTS[:2], 20) == answers
 
 

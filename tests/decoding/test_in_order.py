@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from common.errors import BadInput
 from decoding import decoder as decoder_module
 from decoding.decoder import Decoder
+from decoding.growing import Adaptive
 from decoding.in_order import PASS_ROWS, attention_in_order
 from decoding.sampling import GREEDY, Sampling
 from decoding.tree import chain, filled_up, layout
@@ -142,7 +143,7 @@ def test_decoding_agrees_in_bf16(name, kind, batch, graph):
     randomise(model.medusa_heads, 0.5)
     model.eval().to("cuda", torch.bfloat16)
     prompts, first = [[1, 2, 3] * 11, [4, 5]][:batch], None
-    for tree in ([], bushy(2, 7), chain(3), random_tree(3, 63, 0, 7)):
+    for tree in ([], bushy(2, 7), chain(3), random_tree(3, 63, 0, 7), Adaptive(63, 6)):
         decoder = Decoder(model, tree, batch, 400, graph=graph, agree=True)
         answers, passes = decode(decoder, prompts, 256)
         bits = [decoder.cache.states[:, :, row, :, : len(prompt) + 255] for row, prompt in enumerate(prompts)]
@@ -185,6 +186,7 @@ def test_what_cannot_agree_is_refused(monkeypatch):
         Decoder(make_model(head_dim=24), [], 1, 40, agree=True)  # on a GPU too
     monkeypatch.setattr(decoder_module, "can_run", lambda device, size: True)
     for tree, sampling, message in (
+        (Adaptive(62, 8), GREEDY, "--nodes 63 with --adaptive: its passes have 64 rows"),
         (bushy(2, 8), GREEDY, "a tree of at most 63 guesses, and this one has 72"),
         ([], Sampling(1.0), "--temperature 0"),
     ):

@@ -16,20 +16,22 @@ def reference_tree_attention(
     keys, values = (x.double().nan_to_num().repeat_interleave(groups, 1) for x in (keys, values))
     behind = torch.arange(places, device=query.device) - length  # [B, S]
     node = behind.clamp(0, nodes - 1)
-    seen = ancestors[:, node].transpose(0, 1) & (behind < nodes)[:, None] | (behind < 0)[:, None]  # [B, n, S]
+    seen = ancestors.gather(2, node[:, None].expand(-1, nodes, -1)) & (behind < nodes)[:, None]
+    seen |= (behind < 0)[:, None]  # [B, n, S]
     if sliding_window is not None:
-        at = torch.where(behind < 0, behind, depth[node])
-        seen &= depth[:, None] - at[:, None] < sliding_window
+        at = torch.where(behind < 0, behind, depth.gather(1, node))
+        seen &= depth[:, :, None] - at[:, None] < sliding_window
     scores = cap(query.double() @ keys.mT * scaling, softcap).masked_fill(~seen[:, None], -torch.inf)
     return (scores.softmax(-1) @ values).transpose(1, 2)
 
 
-def random_tree(nodes, device):
-    """-> ancestors `[n, n]`, depth `[n]`."""
-    ancestors = torch.eye(nodes, dtype=torch.bool)
-    for node in range(1, nodes):
-        ancestors[node] |= ancestors[torch.randint(node, ())]
-    return ancestors.to(device), ancestors.sum(1).sub(1).to(device)
+def random_trees(batch, nodes, device):
+    """-> ancestors `[B, n, n]`, depth `[B, n]`, a tree for each row."""
+    ancestors = torch.eye(nodes, dtype=torch.bool).repeat(batch, 1, 1)
+    for tree in ancestors:
+        for node in range(1, nodes):
+            tree[node] |= tree[torch.randint(node, ())]
+    return ancestors.to(device), ancestors.sum(2).sub(1).to(device)
 
 
 def random_pass(lengths, nodes, heads, kv_heads, size, places, dtype, device):
@@ -40,7 +42,7 @@ def random_pass(lengths, nodes, heads, kv_heads, size, places, dtype, device):
     for row, length in enumerate(lengths):
         cache[:, :, row, :, length + nodes :] = torch.nan
     length = torch.tensor(lengths, device=device)[:, None]
-    return query, cache[1, 0], cache[1, 1], length, *random_tree(nodes, device), size**-0.5
+    return query, cache[1, 0], cache[1, 1], length, *random_trees(batch, nodes, device), size**-0.5
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -71,6 +73,15 @@ def test_softcap_and_sliding_window(splits, window, softcap, device):
     config = AttentionConfig(16, 16, splits, warps=4, stages=2)
     got = tree_attention(*arguments, softcap=softcap, sliding_window=window, config=config)
     assert_near(got, reference_tree_attention(*arguments, softcap, window))
+
+
+def test_all_rows_may_have_one_tree(device):
+    """In memory too, as a tree that never changes does."""
+    *before, ancestors, depth, scaling = random_pass([5, 38], 9, 4, 2, 16, 64, torch.float32, device)
+    assert not torch.equal(*ancestors)
+    trees = ancestors[1].expand(2, 9, 9), depth[1].expand(2, 9)
+    got = tree_attention(*before, *trees, scaling, sliding_window=5)
+    assert_near(got, reference_tree_attention(*before, *trees, scaling, sliding_window=5))
 
 
 def test_heads_of_an_odd_size_are_refused(device):

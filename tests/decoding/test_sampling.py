@@ -7,6 +7,7 @@ import torch
 from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, make_model
 
 from decoding.decoder import Decoder
+from decoding.growing import Adaptive
 from decoding.sampling import Sampling
 
 kinds = pytest.mark.parametrize("kind", ["medusa", "markov", "hydra"])
@@ -48,21 +49,23 @@ def paper_bound(logits, sampling):
 
 
 @kinds
-@pytest.mark.parametrize("epsilon, delta", [(0.09, 0.3), (0.3, 0.9), (0.02, 0.05)])
-def test_typical_acceptance_is_the_papers(epsilon, delta, kind):
-    """Each pass accepts the longest way whose tokens are all typical, and none other; of equal ones the likeliest."""
+@pytest.mark.parametrize(
+    "epsilon, delta, tree", [(0.09, 0.3, bushy(3)), (0.3, 0.9, bushy(3)), (0.02, 0.05, Adaptive(30, 5))]
+)
+def test_typical_acceptance_is_the_papers(epsilon, delta, tree, kind):
+    """Each pass accepts the longest way whose tokens are all typical, and none other; of equal ones the likeliest.
+    Looks at the second row of a batch."""
     model, sampling = make_model(kind=kind), Sampling(1.0, True, epsilon, delta)
-    tree = bushy(3)
-    decoder = Decoder(model, tree, 1, 80, sampling, graph=False)  # or the next pass is under way already
+    decoder = Decoder(model, tree, 2, 80, sampling, graph=False)  # or the next pass is under way already
     text, lengths, refused = list(PROMPTS[0]), [], 0
-    generator = decoder.run([PROMPTS[0]], 60)
-    text += next(generator)[0]
+    generator = decoder.run([PROMPTS[2], PROMPTS[0]], 60)
+    text += next(generator)[1]
     for _ in range(10):
-        guesses = decoder.tokens[0].tolist()
+        guesses = decoder.tokens[1].tolist()
         assert guesses[0] == text[-1]
         ways = {}
-        for path in [(), *tree]:
-            tokens = [guesses[1 + tree.index(path[:depth])] for depth in range(1, len(path) + 1)]
+        for path, depth in zip(decoder.tree.path[1].tolist(), decoder.tree.depth[1].tolist(), strict=True):
+            tokens = [guesses[node] for node in path[1 : depth + 1]]
             logits = model.backbone(torch.tensor([text + tokens], device=DEVICE)).logits[0, -len(tokens) - 1 :].cpu()
             chances, fine = 1.0, True
             for token, row in zip(tokens, logits, strict=False):
@@ -72,7 +75,7 @@ def test_typical_acceptance_is_the_papers(epsilon, delta, kind):
             if fine:
                 ways[tuple(tokens)] = (len(tokens), chances, *paper_bound(logits[-1], sampling))
         want = max(ways, key=lambda way: ways[way][:2])
-        (new,) = next(generator)
+        _, new = next(generator)
         assert tuple(new[:-1]) == want
         p, bound = ways[want][2:]
         assert p[new[-1]] > bound  # the token behind them is drawn from the typical ones
