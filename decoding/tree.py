@@ -189,8 +189,12 @@ def measured_lengths(path) -> dict[int, float]:
 
 
 def measured_temperature(path) -> float:
-    """Of the heads, for trees that each pass grows; 1 if evaluate.py did not measure such trees."""
-    return (read_json(path).get("own") or {}).get("temperature", 1.0)
+    """Of the heads, for trees that each pass grows; 1 if evaluate.py did not measure such trees. Raises BadInput for
+    what is none."""
+    found = (read_json(path).get("own") or {}).get("temperature", 1.0)
+    if not isinstance(found, float) or found <= 0:
+        raise BadInput(f"{path} has temperature {found!r}, which must be a number above 0: make it with evaluate.py")
+    return found
 
 
 def read_step_times(path) -> dict[int, float]:
