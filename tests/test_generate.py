@@ -110,11 +110,11 @@ def test_a_tree_that_each_pass_grows(stage1, monkeypatch, capsys):
     assert "3 heads, adaptive tree of 6" in capsys.readouterr().out
     (stage1 / "accuracy.json").write_text(json.dumps({"own": {"temperature": 1.4}}))
     assert run(monkeypatch, stage1, *asked, "--adaptive", 4)["tree"]["temperature"] == 1.4
+    with pytest.raises(BadInput, match="--adaptive 321: from 1 to 320, as many tokens as the heads guess"):
+        run(monkeypatch, stage1, *asked, "--adaptive", 321)
     (stage1 / "accuracy.json").write_text(json.dumps({"own": {"temperature": 0}}))
     with pytest.raises(BadInput, match=r"accuracy.json has temperature 0, which must be a number above 0"):
         run(monkeypatch, stage1, *asked, "--adaptive", 4)
-    with pytest.raises(BadInput, match="--adaptive 321: from 1 to 320, as many tokens as the heads guess"):
-        run(monkeypatch, stage1, *asked, "--adaptive", 321)
 
 
 def test_groups_of_prompts_have_a_table(stage1, monkeypatch, capsys, tmp_path):
