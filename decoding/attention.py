@@ -1,6 +1,7 @@
 """What decoding puts into a transformers model: attention over a draft tree, a cache for it, fast products."""
 
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -9,10 +10,12 @@ from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.errors import BadInput
+from decoding.blocks import few_rows_block
 from decoding.in_order import attention_in_order
 from decoding.kernels import tree_attention, write
 from decoding.products import FewRowsLinear, Products
 from medusa_model import MedusaModel
+from model.heads import ResBlock
 from model.loss import cap
 
 ATTENTION = "medusa_tree"
@@ -63,9 +66,9 @@ AttentionInterface.register(ATTENTION, attend)
 
 
 @contextmanager
-def decoding(model: MedusaModel, products: list[Products]):
-    """Puts `attend` and the products of `sharing` into the backbone, and takes them out at the end: `attend` ignores
-    padding masks, so nothing else may run with it."""
+def decoding(model: MedusaModel, products: list[Products], blocks: list[ResBlock]):
+    """Puts `attend` and the products of `sharing` into the backbone, and one launch each into the heads' blocks. Takes
+    them out at the end: `attend` ignores padding masks, so nothing else may run with it."""
     attention = model.backbone.config._attn_implementation
     if attention == ATTENTION:
         raise RuntimeError("a decoder of this model has not ended yet: exhaust or close its run() first")
@@ -74,6 +77,8 @@ def decoding(model: MedusaModel, products: list[Products]):
         for layer in together.layers:
             layer.__class__ = FewRowsLinear
             cast(FewRowsLinear, layer).products = together
+    for block in blocks:
+        block.forward = partial(few_rows_block, block)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -82,6 +87,8 @@ def decoding(model: MedusaModel, products: list[Products]):
             for layer in together.layers:
                 layer.__class__ = nn.Linear
                 del layer.products
+        for block in blocks:
+            del block.forward
 
 
 class TreeCache(Cache):

@@ -24,7 +24,7 @@ import torch
 from common.errors import BadInput
 from decoding.attention import TreeCache, decoding
 from decoding.growing import Adaptive, Growing
-from decoding.guessing import LevelByLevel
+from decoding.guessing import LevelByLevel, best_tokens
 from decoding.in_order import PASS_ROWS, check_can_agree
 from decoding.kernels import can_run
 from decoding.products import AllHeads, Products, sharing
@@ -32,6 +32,7 @@ from decoding.sampling import GREEDY, Sampling, choose
 from decoding.tree import Choices, Layout, check, filled_up, layout, ranks
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
+from model.heads import ResBlock
 from model.loss import cap
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Decoder:
         self.cache = TreeCache(config.num_hidden_layers, places, self.kernels)
         heads = self.heads = model.medusa_heads[: self.most - 1]  # those that the tree uses
         self.products: list[Products] = []
+        self.blocks: list[ResBlock] = []
         self.all_heads: AllHeads | None = None
         depends = not self.growing and any(head.reads_path for head in heads)
         self.by_level = LevelByLevel(model, heads, tree) if depends else None
@@ -97,6 +99,7 @@ class Decoder:
             self.products = sharing(model.backbone)
             if self.by_level or self.growing:
                 self.products += sharing(heads)  # behind one parent of one text: one row
+                self.blocks = [block for block in heads.modules() if isinstance(block, ResBlock)]
             elif batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
                 self.all_heads = AllHeads(heads)
         self.places, self.row = torch.arange(places, device=device), torch.arange(batch_size, device=device)[:, None]
@@ -148,9 +151,7 @@ class Decoder:
             logits = (
                 self.all_heads(hidden) if self.all_heads else torch.stack([head(hidden) for head in self.heads], 1)
             )
-            best = logits.topk(self.ranks).indices  # [B, heads, ranks]
-            if self.model.token_map is not None:
-                best = self.model.token_map[best]
+            best = best_tokens(logits, self.ranks, self.model.token_map)  # [B, heads, ranks]
             self.tokens[:, 1:] = best[:, self.tree.depth[0, 1:] - 1, self.tree.rank[0, 1:]]
 
     def step(self):
@@ -256,7 +257,7 @@ class Decoder:
             room[row] = 0 if end else room[row] - len(tokens)
             return tokens[:end]
 
-        with decoding(self.model, self.products):
+        with decoding(self.model, self.products, self.blocks):
             first = self.prefill(prompts)
             if self.use_graph and self.graph is None:
                 self.capture()
@@ -272,7 +273,7 @@ class Decoder:
     @torch.inference_mode()
     def step_ms(self, prompt: list[int], passes: int) -> float:
         """Mean time of a pass in ms, with the prompt in the cache of every row."""
-        with decoding(self.model, self.products):
+        with decoding(self.model, self.products, self.blocks):
             self.prefill([prompt] * len(self.tokens))
             if self.use_graph and self.graph is None:
                 self.capture()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from decoding import candidate_kernels
 from decoding.tree import Layout
 from medusa_model import MedusaModel
 from model.heads import Path
@@ -41,16 +42,20 @@ def levels(tree: Layout) -> list[Level]:
 def head_logits(model: MedusaModel, head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """One head behind each parent: hidden `[B, H]`, path ids `[B, P, l]` -> `[B, P, V']`. Without the soft cap,
     which changes no order."""
-    # One row (one text, one parent) takes the Triton kernel of decoding/products.py, more rows cuBLAS. Room for
-    # later: layers that read h alone run here for P equal rows, a level at a time. They could run for one row and
-    # all heads in one launch, as in AllHeads, before the first level. What is left of a level before its
-    # projection (a table or embeddings, a small product, an activation) could be one kernel: now it is a few, of
-    # at least 2 us each.
+    # Layers that read h alone run here for P equal rows: that costs little more than one row, and no launch.
     dtype, path = head.projection.weight.dtype, model.path(ids)
     if path is not None and path.embeds is not None:
         path = Path(path.ids, path.embeds.to(dtype))  # the backbone may be bf16 and the heads fp32
     rows = hidden.to(dtype)[:, None].expand(-1, ids.shape[1], -1)
     return head.projection(head.inputs(rows, path))
+
+
+def best_tokens(logits: torch.Tensor, count: int, token_map: torch.Tensor | None) -> torch.Tensor:
+    """logits `[..., V']` -> the `count` likeliest tokens `[..., count]`, the likeliest first."""
+    if logits.is_cuda:  # torch's topk of so few long rows takes several launches
+        return candidate_kernels.best(logits, count, token_map=token_map)[1]
+    best = logits.topk(count).indices
+    return best if token_map is None else token_map[best]
 
 
 class LevelByLevel:
@@ -64,7 +69,5 @@ class LevelByLevel:
         guesses are written into the others."""
         for head, level in zip(self.heads, self.levels, strict=True):
             logits = head_logits(self.model, head, hidden, tokens[:, level.path])
-            best = logits.topk(level.ranks).indices  # [B, P, ranks]
-            if self.model.token_map is not None:
-                best = self.model.token_map[best]
+            best = best_tokens(logits, level.ranks, self.model.token_map)  # [B, P, ranks]
             tokens[:, level.nodes] = best[:, level.parent, level.rank]
