@@ -53,7 +53,8 @@ class FlopCount:
         embeddings of a path (hydra) count 4, as those need no gradient; a markov head's table is in no product. 2 more
         per weight of the teacher if the lm_head teaches: it has as many tokens as the head. (With a draft vocabulary,
         rows whose target is outside of it count too, though they cost nothing: a few in a hundred.)
-    backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains.
+    backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains. A prefix layer always trains, and
+        is in per_token and per_pair so often that it comes to 3.
     """
 
     per_token: float
@@ -67,10 +68,17 @@ class FlopCount:
         decoder, config = model.backbone.get_decoder(), model.backbone.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         lm_head = 0 if model.backbone_frozen else model.lm_head.weight.numel()
-        teaches = model.medusa_loss != "ce"
+        teaches, passes = model.medusa_loss != "ce", 1 if model.backbone_frozen else 3
+
+        def weights(module) -> int:
+            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+        prefix, layers = 0.0, config.num_hidden_layers
+        if model.prefix is not None:  # it trains, whether the backbone does or not
+            prefix, layers = weights(model.prefix) * 3 / passes, layers + 3 / passes
         return cls(
-            per_token=2.0 * sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear)),
-            per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
+            per_token=2.0 * (weights(decoder) + prefix),
+            per_pair=4.0 * layers * config.num_attention_heads * head_dim,
             per_row=[
                 6.0 * lm_head,
                 *(
@@ -79,7 +87,7 @@ class FlopCount:
                     for head in model.medusa_heads
                 ),
             ],
-            backbone_passes=1 if model.backbone_frozen else 3,
+            backbone_passes=passes,
         )
 
     @staticmethod

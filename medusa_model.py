@@ -12,40 +12,23 @@ vocabulary (model/vocabulary.py); other types of heads know the tokens before th
 
 import os
 import pathlib
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import ModelOutput
 
 from common.errors import BadInput
 from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone
 from model.config import MedusaConfig
 from model.heads import HeadLoss, Path, Teacher, Text, projection_loss, until
-from model.heads_file import HEADS_DIR, TOKEN_MAP, find_heads, load_heads, save_heads, under
+from model.heads_file import HEADS_DIR, HEADS_FILE, TOKEN_MAP, find_heads, load_heads, save_heads, under
 from model.loss import cap, choose_impl
+from model.output import MedusaOutput
 from model.path_heads import HEAD_TYPES, make_heads
+from model.prefix import PREFIX, load_prefix, make_prefix, run_prefix
 from model.vocabulary import to_draft, to_full
-
-
-@dataclass
-class MedusaOutput(ModelOutput):
-    """With labels:
-    loss: the sum over the heads of head_weights[k] * L_k.
-    head_losses, head_accuracies (top-1): `[K+1]`, index = head. NaN for head 0 if it was not computed; the loss of a
-        head without rows is 0.
-    head_sums: `[K+1, 3]`, what the two are computed from: summed loss, right guesses, rows.
-    Without: logits `[K+1, B, T, V]`, or last_hidden_state `[B, T, H]` with output_hidden."""
-
-    loss: torch.Tensor | None = None
-    head_losses: torch.Tensor | None = None
-    head_accuracies: torch.Tensor | None = None
-    head_sums: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
 
 
 class MedusaModel(PreTrainedModel):
@@ -60,6 +43,7 @@ class MedusaModel(PreTrainedModel):
     def __init__(self, config: MedusaConfig, backbone: PreTrainedModel):
         super().__init__(config)
         self.backbone, self.medusa_heads = backbone, make_heads(config)
+        self.prefix: PreTrainedModel | None = None  # until from_backbone()
         kind = HEAD_TYPES[config.medusa_head_type]
         self.reads_path, self.reads_embeds = kind.reads_path, kind.reads_embeds
         # No post_init(): it would initialise the zero ResBlocks at random.
@@ -99,6 +83,8 @@ class MedusaModel(PreTrainedModel):
             model = cls(config, backbone)
         model.medusa_heads.to(dtype=dtype or lm_head.weight.dtype).to_empty(device=lm_head.weight.device)
         model.medusa_heads.start_from(lm_head.weight, token_map, fill)
+        if config.medusa_prefix_layer:
+            model.prefix = make_prefix(backbone, dtype or lm_head.weight.dtype, lm_head.weight.device)
         return model
 
     def choose_kernels(self, use_liger: bool, device: torch.device):
@@ -159,6 +145,11 @@ class MedusaModel(PreTrainedModel):
         """`[B, T, H]`, the first that `read` returns."""
         return self.read(*args, **kwargs)[0]
 
+    def for_heads(self, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+        """hidden `[B, T, H]` as heads 1 to K see it: through the prefix layer, if there is one. kwargs: as `read`'s
+        attention_mask and position_ids."""
+        return hidden if self.prefix is None else run_prefix(self.prefix, hidden, **kwargs)
+
     def path(self, ids: torch.Tensor) -> Path | None:
         """Tokens `[..., k]` between a hidden state and head k's guess -> what the head may read of them, without
         gradient. None if heads read no path."""
@@ -166,16 +157,16 @@ class MedusaModel(PreTrainedModel):
             return None
         return Path(ids, self.backbone.get_input_embeddings()(ids).detach() if self.reads_embeds else None)
 
-    def head_loss(self, k: int, hidden, labels, text: Text | None, position_ids=None) -> HeadLoss:
-        """Head k's loss on hidden `[B, T, H]`, (unshifted) labels `[B, T]` and the text that `read` gave; k = 0 is the
-        backbone's `lm_head`."""
+    def head_loss(self, k: int, hidden, seen, labels, text: Text | None, position_ids=None) -> HeadLoss:
+        """Head k's loss on (unshifted) labels `[B, T]`; k = 0 is the backbone's `lm_head`. hidden `[B, T, H]` and text
+        are what `read` gave, seen `[B, T, H]` what `for_heads` made of it."""
         targets = shifted_targets(labels, k + 1, position_ids)
         if k > 0:
             teacher = None
             if self.medusa_loss != "ce":
                 teacher = Teacher(self.medusa_loss, hidden.detach(), self.teacher_weight(), k)
             drafted = to_draft(targets, self.token_map)
-            out = self.medusa_heads[k - 1](hidden, drafted, self.loss_impl, self.softcap, teacher, until(text, k))
+            out = self.medusa_heads[k - 1](seen, drafted, self.loss_impl, self.softcap, teacher, until(text, k))
             # A row whose target heads cannot guess costs no product and has no loss, but it is a row, and a miss.
             return out if self.token_map is None else out._replace(rows=count_rows(targets))
         return self.lm_head_loss(hidden, targets)
@@ -216,10 +207,11 @@ class MedusaModel(PreTrainedModel):
         hidden, text = MedusaModel.read(self, input_ids, attention_mask, position_ids, hidden)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
+        seen = self.for_heads(hidden, attention_mask=attention_mask, position_ids=position_ids)
         if labels is None:
             lm_logits = cap(self.lm_head(hidden), self.softcap)
             heads = [
-                to_full(head(hidden, softcap=self.softcap, text=until(text, k)), self.token_map, lm_logits)
+                to_full(head(seen, softcap=self.softcap, text=until(text, k)), self.token_map, lm_logits)
                 for k, head in enumerate(self.medusa_heads, 1)
             ]
             return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
@@ -230,7 +222,7 @@ class MedusaModel(PreTrainedModel):
         losses = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32)
         total = sums.new_zeros((), dtype=torch.float32)
         for k in range(first, num_heads + 1):
-            out = self.head_loss(k, hidden, labels, text, position_ids)
+            out = self.head_loss(k, hidden, seen, labels, text, position_ids)
             out.add_to(sums[k])
             loss = out.loss_sum / (max(1, out.rows) if rows is None else rows[k])
             losses[k] = loss.detach()
@@ -274,7 +266,14 @@ class MedusaModel(PreTrainedModel):
             config["base_model_name_or_path"] = str(pathlib.Path(final_directory or directory).resolve())
             directory = directory / HEADS_DIR
         tokens = {} if self.token_map is None else {TOKEN_MAP: self.token_map}
-        save_heads(under("medusa_heads.", state_dict) | tokens, config, directory)
+        prefix = {name: tensor for name, tensor in state_dict.items() if name.startswith(PREFIX)}
+        save_heads(under("medusa_heads.", state_dict) | prefix | tokens, config, directory)
+
+    def load_heads(self, state_dict: dict[str, torch.Tensor], source):
+        """Loads the tensors of a heads file (without its token_map). source: the file, for errors."""
+        heads = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PREFIX)}
+        self.medusa_heads.load_state_dict(heads, strict=True)
+        load_prefix(self.prefix, under(PREFIX, state_dict), source)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # loads heads and a backbone: other arguments than one model's
@@ -295,5 +294,5 @@ class MedusaModel(PreTrainedModel):
         if heads_dtype is None:
             heads_dtype = next(iter(state_dict.values())).dtype
         model = cls.from_backbone(backbone, config, dtype=heads_dtype, token_map=token_map)
-        model.medusa_heads.load_state_dict(state_dict, strict=True)
+        model.load_heads(state_dict, heads_dir / HEADS_FILE)
         return model.eval()

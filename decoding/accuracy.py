@@ -69,12 +69,13 @@ def ranks_of_heads(
     lm_head.
     """
     shifts, states = range(1, len(model.medusa_heads) + 2), hidden.flatten(0, 1)
+    seen = model.for_heads(hidden).flatten(0, 1)
 
     def logits_of(k: int):
         if k == 0:
             return lambda index: cap(model.lm_head(states[index]), model.softcap)
         head, ahead = cast(MedusaHead, model.medusa_heads[k - 1]), until(text, k)
-        return lambda index: head.logits(states[index], ahead and ahead.path(index), model.softcap)
+        return lambda index: head.logits(seen[index], ahead and ahead.path(index), model.softcap)
 
     copies = ranks_ahead(labels, logits_of(0), shifts if before else shifts[:1])
     trained = [ranks_ahead(labels, logits_of(k), shifts[k : k + 1], model.token_map) for k in range(1, len(shifts))]

@@ -16,6 +16,7 @@ class MedusaConfig(PreTrainedConfig):
     medusa_vocab_size: int | None = None  # V' of a draft vocabulary
     medusa_head_type: str = "medusa"  # of model/path_heads.py
     medusa_rank: int = 256  # r of markov heads
+    medusa_prefix_layer: bool = False  # of model/prefix.py
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -29,6 +30,7 @@ class MedusaConfig(PreTrainedConfig):
         keys += ["medusa_vocab_size"] if self.medusa_vocab_size is not None else []
         keys += ["medusa_head_type"] if self.medusa_head_type != "medusa" else []
         keys += ["medusa_rank"] if self.medusa_head_type == "markov" else []
+        keys += ["medusa_prefix_layer"] if self.medusa_prefix_layer else []
         fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
         return fields | {"transformers_version": transformers.__version__}
 

@@ -15,6 +15,10 @@ config.json, and
 
     token_map                                    which tokens they guess, ascending       [V'], int64
 
+With a prefix layer (model/prefix.py) config.json has `medusa_prefix_layer`: true, and the file has
+
+    prefix.layers.0...                           the layer, as the backbone's decoder names its own
+
 No pickle, so loading a heads file cannot run code.
 """
 
@@ -29,6 +33,7 @@ from common.errors import BadInput
 from common.files import write_atomically
 from model.config import MedusaConfig
 from model.path_heads import HEAD_TYPES, make_heads
+from model.prefix import PREFIX
 
 HEADS_FILE = "medusa_lm_head.safetensors"  # the name the original Medusa and TGI look for
 TOKEN_MAP = "token_map"
@@ -70,6 +75,8 @@ def load_config(directory: Path) -> dict:
     for key in (*keys, *(["medusa_rank"] if kind == "markov" else [])):
         if not isinstance(config.get(key), int) or config[key] < (key != "medusa_num_layers"):
             raise BadInput(f"{directory / 'config.json'} has no number {key}: it is not a config of Medusa heads")
+    if not isinstance(config.get("medusa_prefix_layer", False), bool):
+        raise BadInput(f"{directory / 'config.json'}: medusa_prefix_layer is neither true nor false")
     draft = config.get("medusa_vocab_size")
     if draft is not None and not (isinstance(draft, int) and 0 < draft < config["vocab_size"]):
         raise BadInput(
@@ -93,6 +100,8 @@ def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     expected = {name: list(tensor.shape) for name, tensor in made.items()}
     if draft is not None:
         expected[TOKEN_MAP] = [draft]
+    if config.get("medusa_prefix_layer"):  # which ones they are depends on the backbone: `load_prefix` checks it
+        expected |= {name: list(tensor.shape) for name, tensor in state_dict.items() if name.startswith(PREFIX)}
     missing, extra = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
     for problem, names in (("lacks tensor", missing), ("has an unexpected tensor", extra)):
         if names:

@@ -58,11 +58,14 @@ class Lab:
         for name, tied in (("model", False), ("tied", True)):
             make_backbone(tied=tied).save_pretrained(root / name)
             make_tokenizer("llama3").save_pretrained(root / name)
-        for kind, name in (("medusa", "heads"), ("markov", "markov-heads"), ("hydra", "hydra-heads")):
-            config = MedusaConfig(medusa_num_heads=2, medusa_head_type=kind, medusa_rank=8)
+        for name in ("heads", "markov-heads", "hydra-heads", "prefix-heads"):
+            config = MedusaConfig(medusa_num_heads=2, medusa_rank=8, medusa_prefix_layer=name == "prefix-heads")
+            config.medusa_head_type = name.split("-")[0] if name in ("markov-heads", "hydra-heads") else "medusa"
             model = MedusaModel.from_backbone(make_backbone(), config)
             model.freeze_backbone()
             randomise(model.medusa_heads)
+            if model.prefix is not None:
+                randomise(model.prefix, 0.1)
             model.save_pretrained(root / name)
         # 38 to train on, 5 to evaluate on. 38 = 4 x 8 + 6: the second rank's last batch of an epoch is half empty.
         write_jsonl(root / "chats.jsonl", make_conversations(43))
@@ -206,6 +209,7 @@ BEST = {"--load_best_model_at_end": True, "--greater_is_better": True}  # the hi
 FEW_TOKENS = {"--medusa_vocab_size": 24, "--medusa_heads_path": None}
 MARKOV = {"--medusa_head_type": "markov", "--medusa_rank": 8, "--medusa_heads_path": "markov-heads"}
 HYDRA = {"--medusa_head_type": "hydra", "--medusa_heads_path": "hydra-heads"}
+PREFIX, TIED = {"--medusa_heads_path": "prefix-heads"}, {"--model_name_or_path": "tied"}
 CASES = {
     "stage 1": STAGE_1,
     "stage 2": STAGE_2,
@@ -251,6 +255,11 @@ CASES = {
     "hydra, packing": STAGE_1 | HYDRA | {"--packing": True, "--model_max_length": 96},
     "hydra, few tokens": STAGE_1 | HYDRA | FEW_TOKENS | {"--medusa_loss": "lk", "--medusa_heads_coefficient": 2},
     "hydra, states": STAGE_1 | HYDRA | STATES | BEST,
+    "prefix, stage 1": STAGE_1 | PREFIX | BEST,
+    "prefix, stage 2": STAGE_2 | PREFIX | {"--gradient_accumulation_steps": 2, "--medusa_loss": "kl"},
+    "prefix, tied, packing": STAGE_2 | PREFIX | TIED | {"--packing": True, "--model_max_length": 96},
+    "prefix, checkpointing": STAGE_2 | PREFIX | {"--gradient_checkpointing": True},
+    "prefix, states": STAGE_1 | PREFIX | STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
     "hydra, states, tied": STAGE_1 | HYDRA | TIED_STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
 }
 NO_DIFFERENCE = dict.fromkeys(

@@ -150,10 +150,10 @@ def test_packed_rows_equal_the_conversations_alone():
     model = make_model()
     first, second = torch.randint(90, (1, 9)), torch.randint(90, (1, 5))
     packed, positions = torch.cat([first, second], 1), torch.tensor([[*range(9), *range(5)]])
-    out = [model.head_loss(k, model.last_hidden_state(packed, position_ids=positions), packed, None, positions)
+    out = [model.head_loss(k, *[model.last_hidden_state(packed, position_ids=positions)] * 2, packed, None, positions)
            for k in range(4)]  # fmt: skip
     for k in range(4):
-        alone = [model.head_loss(k, model.last_hidden_state(ids), ids, None) for ids in (first, second)]
+        alone = [model.head_loss(k, *[model.last_hidden_state(ids)] * 2, ids, None) for ids in (first, second)]
         assert out[k].rows == sum(one.rows for one in alone) == (9 - k - 1) + (5 - k - 1)
         torch.testing.assert_close(out[k].loss_sum, sum(one.loss_sum for one in alone), rtol=1e-5, atol=1e-4)
 

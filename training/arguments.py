@@ -39,6 +39,12 @@ class ModelArguments:
     medusa_rank: int | None = field(
         default=None, metadata={"help": "r of --medusa_head_type markov: numbers kept of each token (default: 256)."}
     )
+    medusa_prefix_layer: bool | None = field(
+        default=None,
+        metadata={
+            "help": "One more decoder layer between backbone and heads, which trains with them (docs/heads.md)."
+        },
+    )
     medusa_heads_path: str | None = field(
         default=None,
         metadata={"help": "Start from these trained heads (a stage 1 output_dir): for stage 2, or more of stage 1."},

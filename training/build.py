@@ -11,7 +11,7 @@ from callback import peak_process_gib
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import empty_backbone, load_backbone, load_backbone_config, load_without_layers, without_layers
-from model.heads_file import TOKEN_MAP, find_heads, load_config, load_heads
+from model.heads_file import HEADS_FILE, TOKEN_MAP, find_heads, load_config, load_heads
 from training.fsdp import reads_weights
 from training.states import check_model, fingerprint
 
@@ -19,21 +19,27 @@ logger = logging.getLogger(__name__)
 
 
 def choose_head_type(model_args):
-    """Sets `medusa_head_type` and, of markov heads, `medusa_rank`: those of the heads that the run starts from, or
-    what the flags say. Raises BadInput if they differ, or for a rank of other heads."""
+    """Sets `medusa_head_type`, `medusa_prefix_layer` and, of markov heads, `medusa_rank`: those of the heads that the
+    run starts from, or what the flags say. Raises BadInput if they differ, or for a rank of other heads."""
     kind, rank, heads = model_args.medusa_head_type, model_args.medusa_rank, model_args.medusa_heads_path
+    prefix = model_args.medusa_prefix_layer
     if heads is not None and os.path.isdir(heads):  # a run that is resumed does without them
         found = load_config(find_heads(heads)[0])
         if kind not in (None, found["medusa_head_type"]):
             raise BadInput(f"--medusa_head_type {kind}: the heads in {heads} are {found['medusa_head_type']} heads")
         kind = found["medusa_head_type"]
+        has = bool(found.get("medusa_prefix_layer"))
+        if prefix not in (None, has):
+            what = "a" if has else "no"
+            raise BadInput(f"--medusa_prefix_layer {prefix}: the heads in {heads} have {what} prefix layer")
+        prefix = has
         if kind == "markov" and rank not in (None, found["medusa_rank"]):
             raise BadInput(f"--medusa_rank {rank}: the heads in {heads} have {found['medusa_rank']}; leave it out")
         rank = found["medusa_rank"] if kind == "markov" else rank
     kind = kind or "medusa"
     if rank is not None and kind != "markov":
         raise BadInput(f"--medusa_rank {rank} is of --medusa_head_type markov, and these are {kind} heads")
-    model_args.medusa_head_type = kind
+    model_args.medusa_head_type, model_args.medusa_prefix_layer = kind, bool(prefix)
     model_args.medusa_rank = rank or (MedusaConfig.medusa_rank if kind == "markov" else None)
 
 
@@ -69,6 +75,7 @@ def build_model(
             medusa_num_layers=model_args.medusa_num_layers,
             medusa_head_type=model_args.medusa_head_type,
             medusa_rank=model_args.medusa_rank or MedusaConfig.medusa_rank,
+            medusa_prefix_layer=model_args.medusa_prefix_layer,
         ),
         dtype=trainable,
         fill=reads,
@@ -134,5 +141,5 @@ def put_heads(model: MedusaModel, heads_dir: Path, reads: bool):
     if reads:
         state_dict = load_heads(heads_dir)[1]
         state_dict.pop(TOKEN_MAP, None)  # `choose_tokens` of training/vocabulary.py has read it, on every process
-        model.medusa_heads.load_state_dict(state_dict, strict=True)
+        model.load_heads(state_dict, heads_dir / HEADS_FILE)
     logger.info("starting from the heads in %s", heads_dir)

@@ -47,6 +47,8 @@ def configure(plugin, model: MedusaModel):
     head = type(model.medusa_heads[0]).__name__ if len(model.medusa_heads) else None
     if not len(model.backbone.get_decoder().layers):  # with stored states there are none to name
         plugin.transformer_cls_names_to_wrap = [head]
+        if model.prefix is not None:
+            plugin.transformer_cls_names_to_wrap.append(type(model.prefix.get_submodule("layers.0")).__name__)
     names = plugin.transformer_cls_names_to_wrap or list(model._no_split_modules or [])
     if plugin.auto_wrap_policy is None or "transformer" not in str(plugin.auto_wrap_policy):
         raise BadInput("fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: each decoder layer and head is a unit")

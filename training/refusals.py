@@ -50,6 +50,10 @@ def refuse(model, data, training):
             f"--medusa_head_type {model.medusa_head_type} is of heads, and --medusa_return False has none",
         ),
         (
+            bool(model.medusa_prefix_layer) and not model.medusa_return,
+            "--medusa_prefix_layer is of heads, and --medusa_return False has none",
+        ),
+        (
             not model.medusa_return and stage_1,
             "--medusa_return False trains the backbone alone; it cannot go with --medusa_only_heads True",
         ),

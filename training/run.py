@@ -35,6 +35,7 @@ def describe(model_args, training_args) -> dict:
         "medusa_num_layers": model_args.medusa_num_layers,
         "medusa_head_type": model_args.medusa_head_type,
         "medusa_rank": model_args.medusa_rank,
+        "medusa_prefix_layer": model_args.medusa_prefix_layer,
         "medusa_only_heads": training_args.medusa_only_heads,
         "medusa_loss": training_args.medusa_loss,
         "medusa_rows": training_args.medusa_rows,
@@ -96,8 +97,8 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
 
 def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
-    # Older checkpoints do not say the first three; the others are only said if there are such.
-    older = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_head_type": "medusa"}
+    # Older checkpoints do not say the first four; the others are only said if there are such.
+    older = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_head_type": "medusa", "medusa_prefix_layer": False}
     found = older | {"medusa_vocab_size": None, "medusa_rank": None} | found
     for key, value in asked.items():
         if key == "batch" and found[key] != value:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from common.errors import BadInput, first_line
 from model.heads import MedusaHeads
 from model.heads_file import TOKEN_MAP, under
+from model.prefix import PREFIX
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: independent of groups and ranks
 
@@ -95,10 +96,12 @@ def whole_weights(model, medusa, device: torch.device) -> dict[str, Any]:
     whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0)
     if not medusa.backbone_frozen:
         return get_model_state_dict(model, options=whole)
+    parts = {f"medusa_heads.{k}.": head for k, head in enumerate(medusa.medusa_heads)}
+    parts |= {PREFIX: medusa.prefix} if medusa.prefix is not None else {}
     return {
-        f"medusa_heads.{k}.{name}": tensor
-        for k, head in enumerate(medusa.medusa_heads)
-        for name, tensor in get_model_state_dict(head, options=whole).items()
+        prefix + name: tensor
+        for prefix, part in parts.items()
+        for name, tensor in get_model_state_dict(part, options=whole).items()
     }
 
 
@@ -108,5 +111,7 @@ def set_head_weights(medusa, state_dict: dict[str, torch.Tensor], several: bool)
     state_dict: named as in the heads file; empty on ranks other than 0. several: there is more than one process.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-    for k, head in enumerate(medusa.medusa_heads):
-        set_model_state_dict(head, under(f"{k}.", state_dict), options=options)
+    parts = {f"{k}.": head for k, head in enumerate(medusa.medusa_heads)}
+    parts |= {PREFIX: medusa.prefix} if medusa.prefix is not None else {}
+    for prefix, part in parts.items():
+        set_model_state_dict(part, under(prefix, state_dict), options=options)

@@ -130,12 +130,15 @@ class MedusaTrainer(CheckpointingTrainer):
             stored = inputs.get("hidden")  # --states_path
             hidden, text = medusa.read(inputs["input_ids"], position_ids=position_ids, hidden=stored)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
+        with self.accelerator.autocast():
+            prefixed = medusa.for_heads(leaf, position_ids=position_ids)
+        seen = leaf if medusa.prefix is None else prefixed.detach().requires_grad_()
         joint = []  # losses whose backward pass runs together with the backbone's
         for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
             with_backbone = k == 0 and fsdp.lm_head_in_root_unit(medusa)
             fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
             with self.accelerator.autocast():
-                out = medusa.head_loss(k, hidden if with_backbone else leaf, labels, text, position_ids)
+                out = medusa.head_loss(k, hidden if with_backbone else leaf, seen, labels, text, position_ids)
             scaled = out.loss_sum * weights[k] / rows[k]
             if with_backbone:
                 joint.append(scaled)
@@ -145,6 +148,8 @@ class MedusaTrainer(CheckpointingTrainer):
             out.add_to(self.step_sums[k])
             del out, scaled
         fsdp.release_teacher(medusa)
+        if seen is not leaf:  # the prefix layer's backward pass, once for all heads
+            prefixed.backward(torch.zeros_like(seen) if seen.grad is None else seen.grad)
         if not medusa.backbone_frozen:
             d_hidden = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
             if joint:
@@ -186,7 +191,7 @@ class MedusaTrainer(CheckpointingTrainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault(("medusa_heads." in name, name in decays), []).append(parameter)
+                groups.setdefault(("backbone." not in name, name in decays), []).append(parameter)
         self.optimizer = cls(
             [
                 {

@@ -18,7 +18,7 @@ def test_only_counting_rows_enter_a_head():
     ids, labels = make_batch()
     seen = []
     model.medusa_heads[1][0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    out = model.head_loss(2, model.last_hidden_state(ids), labels, None)
+    out = model.head_loss(2, *[model.last_hidden_state(ids)] * 2, labels, None)
     assert out.rows == 10 + 6  # labels 4..13 and 4..9, each three places before
     assert seen == [(16, 32)]
 

@@ -10,9 +10,24 @@ pytestmark = pytest.mark.processes
 # gradients that are averaged: every kind of weight, and rows or gradients that one rank does not have.
 FEW = {
     "FSDP1": ("stage 1", "stage 2", "tied, stage 2", "accumulation, stage 2", "no rows, stage 2", "kl, stage 1")
-    + ("few tokens, stage 2", "states", "all rows", "markov, fresh", "hydra, stage 2", "hydra, states, tied"),
+    + (
+        "few tokens, stage 2",
+        "states",
+        "all rows",
+        "markov, fresh",
+        "hydra, stage 2",
+        "hydra, states, tied",
+        "prefix, stage 1",
+    ),
     "DDP": ("stage 1", "stage 2", "tied, stage 1", "no rows, stage 2", "best, stage 1", "kl, stage 2")
-    + ("few tokens, stage 1", "states, kl, tied", "markov, stage 2", "hydra, stage 1", "hydra, tied, stage 2"),
+    + (
+        "few tokens, stage 1",
+        "states, kl, tied",
+        "markov, stage 2",
+        "hydra, stage 1",
+        "hydra, tied, stage 2",
+        "prefix, stage 2",
+    ),
 }
 
 
