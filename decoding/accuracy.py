@@ -151,7 +151,7 @@ def own_trees(model: MedusaModel, prompts, answers, size: Adaptive, collate: Col
     chunk = max(1, ROWS // size.beam)
     for _, hidden, _, labels in read_answers(model, prompts, answers, collate, batch_size, "growing trees"):
         ahead = torch.stack([shifted_targets(labels, shift) for shift in range(1, len(model.medusa_heads) + 2)], -1)
-        for states, text in zip(hidden, ahead, strict=True):
+        for states, text in zip(model.for_heads(hidden), ahead, strict=True):
             passes = (text[:, :2] != IGNORE).all(1)  # a pass starts at every token but the last
             parts = zip(states[passes].split(chunk), text[passes].split(chunk), strict=True)
             texts += [torch.cat([torch.stack(growing.along(*part), 2)[:, sizes].cpu() for part in parts])]

@@ -14,6 +14,7 @@ from decoding.blocks import few_rows_block
 from decoding.in_order import attention_in_order
 from decoding.kernels import tree_attention, write
 from decoding.products import FewRowsLinear, Products
+from decoding.tree import Layout
 from medusa_model import MedusaModel
 from model.heads import ResBlock
 from model.loss import cap
@@ -62,17 +63,37 @@ def attend(module, query, key, value, attention_mask, scaling, softcap=None, sli
     return out.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
+def tree_view(tree: Layout, length: torch.Tensor, places: torch.Tensor, kernels: bool) -> dict:
+    """What each node of a tree may attend to, as `attend` takes it: the text, its ancestors and itself. tree: of each
+    row of a batch. length `[B, 1]`: of the text. places int64 `[S]`: of the cache, 0, 1, ..."""
+    if kernels:
+        return {"attention_mask": None, "tree": (length, tree.ancestors, tree.depth)}
+    nodes = tree.depth.shape[1]
+    # A CPU reads only the filled part of the cache. With a GPU the host does not know how long that is.
+    filled = int(length.max()) + nodes if length.device.type == "cpu" else None
+    behind = places[:filled] - length  # [B, S]: 0 at the root, below 0 in the text
+    node = behind.clamp(0, nodes - 1)
+    mine = tree.ancestors.gather(2, node[:, None].expand(-1, nodes, -1))
+    mine &= ((behind >= 0) & (behind < nodes))[:, None]
+    mask = (behind < 0)[:, None] | mine  # [B, n, S]
+    # How many tokens each node is after each position, for backbones with a sliding window.
+    distance = tree.depth[:, :, None] - torch.where(behind < 0, behind, tree.depth.gather(1, node))[:, None]
+    return {"attention_mask": mask[:, None], "distance": distance}
+
+
 AttentionInterface.register(ATTENTION, attend)
 
 
 @contextmanager
 def decoding(model: MedusaModel, products: list[Products], blocks: list[ResBlock]):
-    """Puts `attend` and the products of `sharing` into the backbone, and one launch each into the heads' blocks. Takes
+    """Puts `attend` and the products of `sharing` into backbone and prefix layer, one launch into heads' blocks. Takes
     them out at the end: `attend` ignores padding masks, so nothing else may run with it."""
     attention = model.backbone.config._attn_implementation
     if attention == ATTENTION:
         raise RuntimeError("a decoder of this model has not ended yet: exhaust or close its run() first")
-    model.backbone.set_attn_implementation(ATTENTION)
+    parts = [model.backbone] if model.prefix is None else [model.backbone, model.prefix]
+    for part in parts:
+        part.set_attn_implementation(ATTENTION)
     for together in products:
         for layer in together.layers:
             layer.__class__ = FewRowsLinear
@@ -82,7 +103,8 @@ def decoding(model: MedusaModel, products: list[Products], blocks: list[ResBlock
     try:
         yield
     finally:
-        model.backbone.set_attn_implementation(attention)
+        for part in parts:
+            part.set_attn_implementation(attention)
         for together in products:
             for layer in together.layers:
                 layer.__class__ = nn.Linear

@@ -22,11 +22,12 @@ from itertools import count
 import torch
 
 from common.errors import BadInput
-from decoding.attention import TreeCache, decoding
+from decoding.attention import TreeCache, decoding, tree_view
 from decoding.growing import Adaptive, Growing
 from decoding.guessing import LevelByLevel, best_tokens
 from decoding.in_order import PASS_ROWS, check_can_agree
 from decoding.kernels import can_run
+from decoding.prefixed import Prefixed
 from decoding.products import AllHeads, Products, sharing
 from decoding.sampling import GREEDY, Sampling, choose
 from decoding.tree import Choices, Layout, check, filled_up, layout, ranks
@@ -103,6 +104,10 @@ class Decoder:
             elif batch_size == 1 and len(heads) and next(heads.parameters()).dtype == model.lm_head.weight.dtype:
                 self.all_heads = AllHeads(heads)
         self.places, self.row = torch.arange(places, device=device), torch.arange(batch_size, device=device)[:, None]
+        self.prefixed: Prefixed | None = None
+        if model.prefix is not None and self.most > 1:
+            self.prefixed = Prefixed(model, batch_size, self.most, self.places, self.kernels)
+            self.products += sharing(model.prefix) if device.type == "cuda" else []
         # What a pass reads and writes: always the same memory, so that a CUDA graph can replay it.
         self.tokens = torch.zeros(batch_size, self.nodes, dtype=torch.int64, device=device)  # root and guesses
         self.length = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # tokens in the cache
@@ -132,17 +137,19 @@ class Decoder:
             use_cache=True,
         ).last_hidden_state
         self.length.copy_(lengths)
-        hidden = hidden[self.row, self.length - 1][:, 0]
-        chosen, _ = choose(self.logits(hidden[:, None]), self.sampling)
+        last = self.row, self.length - 1
+        chosen, _ = choose(self.logits(hidden[last]), self.sampling)
         self.tokens[:, :1] = chosen
-        self.guess(hidden)
+        seen = self.prefixed.prefill(hidden) if self.prefixed else hidden
+        self.guess(seen[last][:, 0])
         return chosen[:, 0].tolist()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return cap(self.model.lm_head(hidden), self.model.softcap)
 
     def guess(self, hidden: torch.Tensor):
-        """Fills the tree with the heads' best tokens behind the root. hidden `[B, H]`: from where that was chosen."""
+        """Fills the tree with the heads' best tokens behind the root. hidden `[B, H]`: what heads read where that was
+        chosen."""
         if self.growing:
             self.growing(hidden, self.tokens, self.tree)
         elif self.by_level:
@@ -185,27 +192,20 @@ class Decoder:
         self.out[:, 1:] = new.scatter(1, guessed, root)
         self.out[:, :1] = guessed + 1
         self.cache.move(self.length + way, self.length + torch.arange(self.most, device=self.device))
+        if self.prefixed:
+            seen = self.prefixed.follow(hidden[row, way], self.length, self.context)[row, guessed]
+        else:
+            seen = hidden[row, best]
         self.length += (guessed + 1) * self.active
         self.tokens[:, :1] = root
-        self.guess(hidden[row, best][:, 0])
+        self.guess(seen[:, 0])
 
     def view(self) -> dict:
-        """What each node may attend to, as `attend` takes it: the text, the node's ancestors and the node itself."""
+        """What each node may attend to, as `attend` takes it."""
         tree = self.tree
         if self.agree:
             return {"attention_mask": None, "in_order": (self.length, tree.path, tree.depth, self.real)}
-        if self.kernels:
-            return {"attention_mask": None, "tree": (self.length, tree.ancestors, tree.depth)}
-        # A CPU reads only the filled part of the cache. With a GPU the host does not know how long that is.
-        filled = int(self.length.max()) + self.nodes if self.device.type == "cpu" else None
-        behind = self.places[:filled] - self.length  # [B, S]: 0 at the root, below 0 in the text
-        node = behind.clamp(0, self.nodes - 1)
-        mine = tree.ancestors.gather(2, node[:, None].expand(-1, self.nodes, -1))
-        mine &= ((behind >= 0) & (behind < self.nodes))[:, None]
-        mask = (behind < 0)[:, None] | mine  # [B, n, S]
-        # How many tokens each node is after each position, for backbones with a sliding window.
-        distance = tree.depth[:, :, None] - torch.where(behind < 0, behind, tree.depth.gather(1, node))[:, None]
-        return {"attention_mask": mask[:, None], "distance": distance}
+        return tree_view(tree, self.length, self.places, self.kernels)
 
     def capture(self):
         """Records `step` as a CUDA graph. Undoes its passes, but for the cache past `length`, which nothing reads."""

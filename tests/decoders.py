@@ -20,14 +20,16 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6], [2, 2, 7, 7, 1, 0,
 LOUD = 100  # so that guesses depend on the path as much as on the hidden state
 
 
-def make_model(heads=3, tokens=None, kind="medusa", **kwargs) -> MedusaModel:
-    """tokens: the only ones that heads guess. kind: of the heads."""
+def make_model(heads=3, tokens=None, kind="medusa", prefix=False, **kwargs) -> MedusaModel:
+    """tokens: the only ones that heads guess. kind: of the heads. prefix: whether they have a prefix layer."""
     model = MedusaModel.from_backbone(
         make_backbone(**{"vocab_size": VOCAB, "head_dim": 16} | kwargs),
-        MedusaConfig(medusa_num_heads=heads, medusa_head_type=kind, medusa_rank=5),
+        MedusaConfig(medusa_num_heads=heads, medusa_head_type=kind, medusa_rank=5, medusa_prefix_layer=prefix),
         token_map=None if tokens is None else torch.tensor(tokens),
     )
     randomise(model.medusa_heads, 0.5)
+    if prefix:
+        randomise(model.prefix, 0.5)
     for head in model.medusa_heads:
         with torch.no_grad():
             if kind == "markov":
