@@ -31,6 +31,9 @@ from training.trainer import MedusaTrainer
 LLAMA3_8B: dict = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 LLAMA3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 LLAMA3_8B |= {"rope_theta": 500000.0, "tie_word_embeddings": False}
+SMOLLM2: dict = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+SMOLLM2 |= {"rope_theta": 100000.0, "tie_word_embeddings": True}  # SmolLM2-135M
 TINY = LLAMA3_8B | {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -93,9 +96,10 @@ def random_model(
     device: torch.device,
     draft: int | None = None,
     kind: str = "medusa",
+    prefix: bool = False,
 ) -> MedusaModel:
     """A MedusaModel with random weights, made on `device`, the same for the same arguments. draft: how many tokens the
-    heads guess. kind: their type.
+    heads guess. kind: their type. prefix: whether they have a prefix layer.
 
     The ResBlocks, and what heads keep of tokens, are random too. Heads start with zero ones, and then leaving one out
     would not show.
@@ -107,6 +111,7 @@ def random_model(
             LlamaConfig(**shape), dtype=torch.bfloat16 if stage == 1 else dtype
         )
         config, tokens = MedusaConfig(medusa_num_heads=heads, medusa_head_type=kind), draft_tokens(shape, draft)
+        config.medusa_prefix_layer = prefix
         model = MedusaModel.from_backbone(backbone, config, dtype=dtype, token_map=tokens)
     with torch.no_grad():
         for module in model.medusa_heads.modules():

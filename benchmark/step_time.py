@@ -32,10 +32,12 @@ import torch
 
 from common.errors import first_line
 from decoding.decoder import Decoder
+from decoding.growing import Adaptive
 from decoding.tree import Choices, best_tree, independent
 from medusa_model import MedusaModel
+from model.path_heads import HEAD_TYPES
 
-MODELS = {"llama3_8b": setting.LLAMA3_8B, "tiny": setting.TINY}
+MODELS = {"llama3_8b": setting.LLAMA3_8B, "smollm2": setting.SMOLLM2, "tiny": setting.TINY}
 # Top-1 and top-5 accuracy of heads 1 to 5 on Vicuna, as the original published them.
 TOP1 = (0.560, 0.316, 0.201, 0.147, 0.118)
 TOP5 = (0.780, 0.563, 0.417, 0.340, 0.300)
@@ -86,9 +88,10 @@ def weight_bytes(model: MedusaModel) -> int:
     return sum(parameter.nbytes for parameter in model.backbone.parameters()) - unread
 
 
-def heads_bytes(model: MedusaModel, choices: Choices) -> int:
-    depth = max(map(len, choices), default=0)
-    return sum(parameter.nbytes for parameter in model.medusa_heads[:depth].parameters())
+def heads_bytes(model: MedusaModel, depth: int) -> int:
+    """Of so many heads, and the prefix layer before them. A pass reads only a few rows of a markov head's table."""
+    parts = [*model.medusa_heads[:depth], *([model.prefix] if model.prefix is not None and depth else [])]
+    return sum(p.nbytes for part in parts for name, p in part.named_parameters() if name != "table")
 
 
 def cache_bytes(model: MedusaModel, length: int, batch_size: int) -> int:
@@ -98,7 +101,7 @@ def cache_bytes(model: MedusaModel, length: int, batch_size: int) -> int:
 
 
 def measure(
-    model: MedusaModel, choices: Choices, prompt: list[int], batch_size: int, passes: int, agree: bool
+    model: MedusaModel, choices: Choices | Adaptive, prompt: list[int], batch_size: int, passes: int, agree: bool
 ) -> float:
     """ms of a pass: the median of three measurements."""
     decoder = Decoder(model, choices, batch_size, len(prompt) + ANSWER, agree=agree)
@@ -109,6 +112,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama3_8b", help="shapes; tiny: to try the script itself")
     parser.add_argument("--heads", type=int, nargs="+", choices=range(1, len(TOP1) + 1), default=[5])
+    parser.add_argument("--medusa_head_type", choices=HEAD_TYPES, default="medusa")
+    parser.add_argument("--medusa_prefix_layer", action="store_true", help="heads with a prefix layer")
+    parser.add_argument("--adaptive", type=int, help="trees that each pass grows from so many parents a level")
     parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--nodes", type=int, nargs="+", default=[0, 1, 15, 16, 31, 32, 63, 64], help="0 is always run")
     parser.add_argument("--length", type=int, nargs="+", default=[512], help="of the prompt in the cache, in tokens")
@@ -134,16 +140,20 @@ def main():
     origin, speed = setting.origin(), bandwidth(device)
     torch.cuda.empty_cache()  # the 2 GiB that `bandwidth` copied
     shape, draft = MODELS[options.model], options.medusa_vocab_size
-    model = setting.random_model(shape, most, 1, torch.bfloat16, device, draft)
+    kind, prefix = options.medusa_head_type, options.medusa_prefix_layer
+    model = setting.random_model(shape, most, 1, torch.bfloat16, device, draft, kind, prefix)
     weights = weight_bytes(model)
     failed = 0
     for length in options.length:
         (row,) = setting.random_rows(shape, length, 1)
         plain = None
         for (heads, nodes), choices in trees.items():
-            ms, error, read = None, "", heads_bytes(model, choices)
+            ms, error, read = None, "", heads_bytes(model, max(map(len, choices), default=0))
+            size: Choices | Adaptive = choices
+            if options.adaptive and nodes:  # it may be as deep as there are heads
+                size, read = Adaptive(nodes, options.adaptive), heads_bytes(model, most)
             try:
-                ms = measure(model, choices, row["input_ids"], options.batch_size, passes, options.agree)
+                ms = measure(model, size, row["input_ids"], options.batch_size, passes, options.agree)
             except Exception as problem:  # the other sizes should still run
                 error = f"{type(problem).__name__}: {first_line(problem)}"
                 failed += 1
@@ -155,6 +165,9 @@ def main():
                 "commit": origin["commit"],
                 "model": options.model,
                 "heads": heads,
+                "head_type": kind,
+                "prefix": prefix or "",
+                "adaptive": options.adaptive or "",
                 "medusa_vocab_size": draft or "",
                 "nodes": nodes,
                 "length": length,

@@ -11,8 +11,11 @@ from decoding.decoder import Decoder
 from decoding.tree import read_step_times
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
-STEP_TIME = "date commit model heads medusa_vocab_size nodes length batch_size agree step_ms plain_ms ratio_to_plain "
-STEP_TIME += "floor_ms heads_floor_ms bandwidth_tb_s weight_gb heads_gb cache_gb error gpu versions command"
+STEP_TIME = (
+    "date commit model heads head_type prefix adaptive medusa_vocab_size nodes length batch_size agree step_ms "
+)
+STEP_TIME += "plain_ms ratio_to_plain floor_ms heads_floor_ms bandwidth_tb_s weight_gb heads_gb cache_gb error gpu "
+STEP_TIME += "versions command"
 
 
 def test_step_times(time_steps, tmp_path):
@@ -49,6 +52,19 @@ def test_passes_that_agree_need_a_gpu(time_steps, tmp_path):
     assert ["True", "BadInput: --agree needs a GPU"] in [
         [row["agree"], row["error"].split(",")[0]] for row in rows_of(tmp_path / "steps.csv")
     ]
+
+
+def test_heads_of_another_type_and_what_is_before_them(time_steps):
+    """Of 32 columns and 320 tokens: markov heads read 256 numbers of their table beside the hidden state, hydra heads
+    one and two embeddings. A prefix layer has the weights of a layer of the backbone."""
+    block, tokens = 32 * 32 + 32, 320
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+    sizes = {"markov": 2 * (block + tokens * (32 + 256)), "hydra": 2 * (block + tokens * 32) + 3 * 32 * 32 + layer}
+    for kind, flags in (("markov", ("--adaptive", 3)), ("hydra", ("--medusa_prefix_layer",))):
+        (*_, row) = time_steps("--heads", 2, "--nodes", 8, "--length", 20, "--medusa_head_type", kind, *flags)
+        assert (row["head_type"], row["nodes"], row["error"]) == (kind, "8", "") and float(row["step_ms"]) > 0
+        assert (row["adaptive"], row["prefix"]) == (("3", "") if kind == "markov" else ("", "True"))
+        assert float(row["heads_gb"]) == pytest.approx(2 * sizes[kind] / 1e9, abs=1e-6)
 
 
 def test_trees_of_several_numbers_of_heads(time_steps):
