@@ -153,13 +153,13 @@ def layout(choices: Choices) -> Layout:
 
 def filled_up(tree: Layout, nodes: int) -> Layout:
     """The tree with rows of no meaning behind it, up to `nodes`: each is alone, at the root's depth."""
-    more = range(len(tree.depth), nodes)
-    zeros, alone = torch.zeros(len(more), dtype=torch.int64), torch.tensor(more, dtype=torch.int64)
+    alone = torch.arange(len(tree.depth), nodes, device=tree.depth.device)
+    zeros = torch.zeros_like(alone)
     return Layout(
         torch.cat([tree.parent, zeros]),
         torch.cat([tree.depth, zeros]),
         torch.cat([tree.rank, zeros]),
-        torch.block_diag(tree.ancestors, torch.eye(len(more), dtype=torch.bool)),
+        torch.block_diag(tree.ancestors, torch.eye(len(alone), dtype=torch.bool, device=alone.device)),
         torch.cat([tree.path, alone[:, None].expand(-1, tree.path.shape[1])]),
     )
 

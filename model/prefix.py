@@ -29,18 +29,19 @@ def make_prefix(backbone: PreTrainedModel, dtype: torch.dtype, device) -> PreTra
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"]
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            prefix = decoder_class(config)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # where numbers are drawn, they are the same
+            torch.default_generator.manual_seed(0)
+            prefix, states = decoder_class(config), torch.randn(1, 4, config.hidden_size)
         prefix.set_input_embeddings(nn.Identity())
         prefix.norm = nn.Identity()  # of what is normed already
+        where = "cuda" if torch.cuda.is_available() else "cpu"  # Liger's kernels, once they are in, run nowhere else
+        prefix.to(where, torch.float32)
         with torch.no_grad():
             for part in OUTPUTS:
                 for module in (module for name, module in prefix.named_modules() if name.endswith(part)):
                     module.weight.zero_()
-            states = torch.randn(1, 4, config.hidden_size, generator=torch.Generator().manual_seed(0))
-            same = torch.equal(run_prefix(prefix.float(), states), states)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            same = torch.equal(run_prefix(prefix, states.to(where)), states.to(where))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"--medusa_prefix_layer does not know the layers of {name}: leave it out") from error
     if not same:
         raise BadInput(f"--medusa_prefix_layer: a fresh layer of {name} would change the hidden states: leave it out")

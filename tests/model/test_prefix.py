@@ -194,3 +194,16 @@ def test_other_architectures(config):
 def test_an_architecture_that_it_does_not_know_is_refused(config):
     with pytest.raises(BadInput, match=rf"--medusa_prefix_layer.* of {type(config).__name__[:4]}.*: leave it out"):
         make_prefix(AutoModelForCausalLM.from_config(config), torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+def test_where_it_is_made_changes_nothing():
+    backbone = make_backbone(vocab_size=VOCAB)
+    here = make_prefix(backbone, torch.float32, "cpu")
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    with torch.device("cuda"):
+        there = make_prefix(backbone.to("cuda"), torch.float32, "cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    for one, other in zip(here.parameters(), there.parameters(), strict=True):
+        assert other.is_cuda and torch.equal(one, other.cpu())
