@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import raw_tables
 from raw_figures import (
     GENTLE,
     LENGTHS,
@@ -27,6 +28,7 @@ from raw_figures import (
     SETS,
     SPEC,
     STEPS,
+    TYPES_PASS,
     a_pass,
     decoded,
     dot,
@@ -37,6 +39,7 @@ from raw_figures import (
     load,
     median,
     new_4_grams,
+    of_types,
     own_top,
     peaks,
     promised,
@@ -46,24 +49,6 @@ from raw_figures import (
     steps,
     taught,
     trial_ms,
-)
-from raw_tables import (
-    coverage_table,
-    cpu_table,
-    faster_table,
-    few_pass_table,
-    few_table,
-    held_out_table,
-    lined,
-    log_table,
-    loss_table,
-    memory_table,
-    pays_table,
-    rank_table,
-    recipe_table,
-    stage_2_table,
-    step_table,
-    taught_table,
 )
 
 TEXTS = Path(__file__).resolve().parent.parent
@@ -94,8 +79,10 @@ CLAIMS: Checks = {
          "{:.2f} and {:.2f} (63 guesses) in a real run",
          lambda: [*(simulated(OWN, nodes) for nodes in (32, 64)),
                   *(decoded(nodes)["tokens_per_pass"] for nodes in (32, 63))]),
-        ("{:.2f} times with 32 guesses and {:.2f} with 63 on an H100",
+        ("{:.2f} times with 32 guesses and {:.2f} with 63; on two CPU cores",
          lambda: [decoded(nodes)["speed_up"] for nodes in (32, 63)]),
+        ("{:.2f} and {:.2f} tokens per pass in a real run over Spec-Bench", lambda: of_types("tokens_per_pass")),
+        ("With those on an H100 {:.2f} and {:.2f} times", lambda: of_types("speed_up")),
         ("three heads of stage 2 were {:.2f} times as fast",
          lambda: [decoded(32, "decoding_cpu.csv", "3 heads, stage 2")["speed_up"]]),
         ("by its step times {:.2f} times follow with 32 guesses", lambda: [follows(32)]),
@@ -134,6 +121,11 @@ CLAIMS: Checks = {
         ("{:.1f} for 2 GPUs, stage 1, 5 heads; {:.1f} for 4, stage 2, 5 heads",
          lambda: [row(OLD_MEMORY, world_size=n, length=1024)["peak_gib"] for n in (2, 4)]),
         ("{:.1f} was measured", lambda: [row(OLD_MEMORY, world_size=64, length=1024)["peak_gib"]]),
+    ],
+    "docs/heads.md": [
+        ("would make {:.2f} (medusa) and {:.2f} (hydra) times plain decoding", lambda: [
+            y / row(TYPES_PASS, model="smollm2", nodes=32, head_type=kind)["ratio_to_plain"]
+            for kind, y in zip(("medusa", "hydra"), reversed(of_types("tokens_per_pass")), strict=True)]),
     ],
     "docs/decoding.md": [
         ("{:.2f} ms ({:.1f} GB at {:.2f} TB/s, a copy), so a plain pass is {:.2f} times that",
@@ -179,52 +171,56 @@ CLAIMS: Checks = {
 
 TABLES: Checks = {
     "docs/performance.md": [
-        ("stage 1, H100 | 1024 | 2048 | 4096 | 8192", lambda: step_table(1)),
-        ("stage 2, H200 | 1024 | 2048 | 4096 | 8192", lambda: step_table(2)),
-        (" | 1024 | 2048 | 4096 | 8192", memory_table),
-        ("loss | 4,096 rows | 8,192 rows | 16,384 rows", taught_table),
+        ("stage 1, H100 | 1024 | 2048 | 4096 | 8192", lambda: raw_tables.step_table(1)),
+        ("stage 2, H200 | 1024 | 2048 | 4096 | 8192", lambda: raw_tables.step_table(2)),
+        (" | 1024 | 2048 | 4096 | 8192", raw_tables.memory_table),
+        ("loss | 4,096 rows | 8,192 rows | 16,384 rows", raw_tables.taught_table),
         ("tokens that heads guess | online: tokens/s | times | peak GiB | from states: tokens/s | times | peak GiB | "
-         "rank of eight: peak GiB", few_table),
-        ("tokens | tokens/s | peak GiB (reserved) | useful TFLOP/s", lambda: lined(
+         "rank of eight: peak GiB", raw_tables.few_table),
+        ("tokens | tokens/s | peak GiB (reserved) | useful TFLOP/s", lambda: raw_tables.lined(
             STEPS[1], [(f"{n:,}", {"length": n}) for n in (32768, 65536, 131072)],
             "{tokens_per_s:,.0f}", "{peak_gib:.1f} ({reserved_gib:.1f})", "{useful_tflops:.0f}")),
-        ("batches | rows/s | tokens/s | step", lambda: lined(
+        ("batches | rows/s | tokens/s | step", lambda: raw_tables.lined(
             STEPS[1], [(kind, {"data": kind}) for kind in ("padded", "grouped", "packed")],
             "{rows_per_s:,.0f}", "{tokens_per_s:,.0f}", "{step_time_s:.3f} s")),
         ("trained with | head 1 | 2 | 3 | 4 | 5", lambda: [
             [f"{kind} backbone", *(dot(x["top1"]) for x in rows("fp8_accuracy.csv", trained_with=kind)[1:])]
             for kind in ("bf16", "fp8")]),
-        (" | 4,096 rows | 8,192 rows | 16,384 rows", loss_table),
+        (" | 4,096 rows | 8,192 rows | 16,384 rows", raw_tables.loss_table),
     ],
-    "docs/distributed.md": [("GiB, 8 ranks, B = 4 | 1024 | 2048 | 4096 | 8192", rank_table)],
+    "docs/heads.md": [("guesses | medusa | markov | hydra", raw_tables.types_pass_table)],
+    "docs/distributed.md": [("GiB, 8 ranks, B = 4 | 1024 | 2048 | 4096 | 8192", raw_tables.rank_table)],
     "docs/decoding.md": [
         ("heads | guesses | ms per pass | a pass must yield | SmolLM2's accuracies would give | "
-         "speed-up that would be", pays_table),
+         "speed-up that would be", raw_tables.pays_table),
         ("tokens that heads guess | 32 guesses: ms per pass | times plain | 63 guesses: ms per pass | times plain",
-         few_pass_table),
-        ("V' of 49,152 | ShareGPT, held out | Spec-Bench", coverage_table),
+         raw_tables.few_pass_table),
+        ("V' of 49,152 | ShareGPT, held out | Spec-Bench", raw_tables.coverage_table),
     ],
     "docs/results.md": [
-        ("recipe | top-1, heads 1 to 3 | chain | 8 guesses | 32 | 63", recipe_table),
+        ("recipe | top-1, heads 1 to 3 | chain | 8 guesses | 32 | 63", raw_tables.recipe_table),
         ("heads | top-1, heads 1 to 5 | top-5", lambda: [
             [label, own_top(file), own_top(file, 5)] for label, file in SETS.items()]),
         ("heads | chain of 5 | 4 guesses | 8 | 16 | 32 | 64", lambda: [
             [label, f"{simulated(file, 5, 'chain'):.2f}", *(f"{simulated(file, n):.2f}" for n in (4, 8, 16, 32, 64))]
             for label, file in SETS.items()]),
         ("own answers, 3 ResBlocks | tokens per pass (60 prompts) | speed-up measured, 6216ae2 | ms per pass, "
-         "before | after | speed-up that follows", faster_table),
-        (" | tokens/s | tokens per pass | ms per pass | speed-up | identical texts", cpu_table),
-        (" | top-1, untrained | top-1 | top-5, untrained | top-5 | top-10", held_out_table),
-        ("H100, own answers | tokens/s | tokens per pass | ms per pass | speed-up | identical texts", lambda: lined(
-            "decoding_h100.csv", [(label, {"nodes": nodes, "label": "own answers"}) for label, nodes in (
+         "before | after | speed-up that follows", raw_tables.faster_table),
+        (" | tokens/s | tokens per pass | ms per pass | speed-up | identical texts", raw_tables.cpu_table),
+        ("group | medusa: tokens per pass | speed-up | hydra: tokens per pass | speed-up", raw_tables.groups_table),
+        ("guesses | medusa, simulated | promised | hydra, simulated | promised", raw_tables.types_table),
+        (" | top-1, untrained | top-1 | top-5, untrained | top-5 | top-10", raw_tables.held_out_table),
+        ("H100, own answers | tokens/s | tokens per pass | ms per pass | speed-up | identical texts",
+         lambda: raw_tables.lined("decoding_h100.csv", [(label, {"nodes": nodes, "label": "own answers"}) for label, nodes in (
                 ("plain decoding", 0), ("chain of 5", 5), *((f"{n} guesses", n) for n in (8, 16, 32, 63)))],
             "{tokens_per_s:,.1f}", "{tokens_per_pass:.2f}", "{step_ms:.2f}", "{speed_up:.2f}",
             "{identical:.0f} of {prompts:.0f}")),
     ],
     "docs/log.md": [
-        ("step | stage 1, heads 1 to 4 | stage 2, lr 5e-4, heads' 2e-3, lambda_0 0.2 | its lm_head", log_table),
+        ("step | stage 1, heads 1 to 4 | stage 2, lr 5e-4, heads' 2e-3, lambda_0 0.2 | its lm_head",
+         raw_tables.log_table),
         ("stage 2, three heads | heads 1 to 3, own text | tokens per pass: chain, 8, 32, 63 guesses | "
-         "new 4-grams (SmolLM2: .66)", stage_2_table),
+         "new 4-grams (SmolLM2: .66)", raw_tables.stage_2_table),
         ("run | conversations or lines a step, settings | heads 1 to 5, held-out top-1 | tokens/s", lambda: [
             [row["run"], None, dot(*(row[f"head_{k}_top1"] for k in range(1, 6))), f"{row['tokens_per_s']:,.0f}"]
             for row in load(RUNS)]),

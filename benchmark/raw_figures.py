@@ -24,7 +24,8 @@ KERNELS, OLD_KERNELS = "pass_kernels_h100.txt", "pass_kernels_before_h100.txt"
 MEMORY, OLD_MEMORY = "memory.csv", "2026-11-23_memory_h100.csv"
 ONE_EPOCH, OWN = "2026-11-23_smollm2_sharegpt_accuracy.json", "smollm2_own_accuracy.json"
 TAUGHT = "2026-11-26_teacher_loss_2_h100.csv"
-SPEC = "2026-11-26_spec_bench_h100.json"
+SPEC, GROUPS = "2026-11-26_spec_bench_h100.json", "2026-11-26_spec_bench_groups_h100.csv"
+TYPES, TYPES_PASS = "2026-11-26_head_types_h100.json", "2026-11-26_head_types_step_time_h100.csv"
 READING = "2026-11-26_reading_cpu.csv"
 RUNS = "2026-11-23_smollm2_sharegpt_runs.csv"
 GENTLE, RUINED = "stage2_2.5e-5_accuracy.json", "stage2_5e-4_accuracy.json"
@@ -162,3 +163,8 @@ def new_4_grams(model: str) -> str:
 def taught(kind: str, key: str = "ms") -> float:
     name = "liger, 2048 rows a chunk" if kind == "ce" else "ours, 2048 rows a chunk"
     return row(TAUGHT, rows=8192, loss=kind, implementation=name)[key]
+
+
+def of_types(key: str) -> list[float]:
+    """Of hydra and medusa heads, over all groups of Spec-Bench."""
+    return [row(GROUPS, head_type=kind, group="all")[key] for kind in ("hydra", "medusa")]

@@ -2,6 +2,7 @@
 
 from raw_figures import (
     GENTLE,
+    GROUPS,
     KERNELS,
     LENGTHS,
     MEMORY,
@@ -13,6 +14,8 @@ from raw_figures import (
     RUINED,
     STEPS,
     TAUGHT,
+    TYPES,
+    TYPES_PASS,
     Row,
     a_pass,
     decoded,
@@ -128,6 +131,26 @@ def recipe_table():
     for x in load("2026-11-26_recipes_h100.csv"):
         lengths = (f"{x[key]:.3f}" for key in ("chain", "8", "32", "63"))
         yield [x["recipe"], dot(*map(float, x["top1"].split()[:3])), *lengths]
+
+
+def groups_table():
+    for group in ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag", "all"):
+        found = (row(GROUPS, head_type=kind, group=group) for kind in ("medusa", "hydra"))
+        yield [group, *(cell for x in found for cell in (f"{x['tokens_per_pass']:.2f}", f"{x['speed_up']:.2f}"))]
+
+
+def types_table():
+    for lines in zip(*(load(TYPES)[kind]["own"]["acceptance"][1:] for kind in ("medusa", "hydra")), strict=True):
+        yield [str(lines[0]["nodes"]), *(f"{x[key]:.3f}" for x in lines for key in ("length", "expected"))]
+
+
+def types_pass_table():
+    for model, name in (("smollm2", "SmolLM2"), ("llama3_8b", "LLaMA-3-8B")):
+        for nodes in (32, 63):
+            found = (
+                row(TYPES_PASS, model=model, nodes=nodes, head_type=kind) for kind in ("medusa", "markov", "hydra")
+            )
+            yield [f"{name}'s shapes, {nodes}", *(f"{x['ratio_to_plain']:.2f}" for x in found)]
 
 
 def coverage_table():
