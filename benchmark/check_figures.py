@@ -211,7 +211,8 @@ TABLES: Checks = {
         ("guesses | medusa, simulated | promised | hydra, simulated | promised", raw_tables.types_table),
         (" | top-1, untrained | top-1 | top-5, untrained | top-5 | top-10", raw_tables.held_out_table),
         ("H100, own answers | tokens/s | tokens per pass | ms per pass | speed-up | identical texts",
-         lambda: raw_tables.lined("decoding_h100.csv", [(label, {"nodes": nodes, "label": "own answers"}) for label, nodes in (
+         lambda: raw_tables.lined("decoding_h100.csv", [
+             (label, {"nodes": nodes, "label": "own answers"}) for label, nodes in (
                 ("plain decoding", 0), ("chain of 5", 5), *((f"{n} guesses", n) for n in (8, 16, 32, 63)))],
             "{tokens_per_s:,.1f}", "{tokens_per_pass:.2f}", "{step_ms:.2f}", "{speed_up:.2f}",
             "{identical:.0f} of {prompts:.0f}")),
