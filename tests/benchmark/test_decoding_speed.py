@@ -102,10 +102,10 @@ def test_a_tree_is_decoded_once(decode, dump):
 def test_a_run_that_is_cut_off_leaves_its_rows(script, time_steps, decode, monkeypatch, tmp_path):
     made = Decoder.__init__
 
-    def cut_off(self, model, choices, *args):
+    def cut_off(self, model, choices, *args, **kwargs):
         if len(choices) == 4:
             raise KeyboardInterrupt
-        made(self, model, choices, *args)
+        made(self, model, choices, *args, **kwargs)
 
     monkeypatch.setattr(Decoder, "__init__", cut_off)
     with pytest.raises(KeyboardInterrupt):
