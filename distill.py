@@ -38,6 +38,7 @@ from conversations.tokenizer import load_tokenizer, to_words
 from decoding.answers import answer_all
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import context_length, end_tokens, load_backbone
+from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def load(args) -> tuple[MedusaModel, set[int]]:
     model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=0))
     device: Any = "cuda" if torch.cuda.is_available() else "cpu"  # Any: transformers annotates `to` without its self
     model.to(device)
+    check_whole(model)
     return model, ends
 
 

@@ -40,9 +40,12 @@ from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import TOP
 from decoding.accuracy import own_text, reference_text
+from decoding.decoder import Decoder
+from decoding.judge import check_pass
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens, stop_tokens
 from model.heads_file import find_heads
+from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +149,7 @@ def measure(args, model: MedusaModel, chat: ChatTemplate, data, summary: Summary
     """The figures of both texts. data: the conversations."""
     if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
         context, eos = context_length(model.backbone), end_tokens(model.backbone)
+        check_pass(Decoder(model, [], 1, 1))
     collate = Collator.of(chat.tokenizer)
     min_length = len(model.medusa_heads) + 2
     rows = prepare(data, summary, chat, args.model_max_length, min_length, by_length=True)
@@ -177,6 +181,7 @@ def main():
     dtype = getattr(torch, args.dtype)
     model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_whole(model)
     chat = ChatTemplate(tokenizer, stop_tokens(model.backbone), kwargs)
     result = {"heads": str(directory), "data_path": " ".join(args.data_path)}
     result |= measure(args, model, chat, data, summary)

@@ -30,6 +30,7 @@ from decoding.answers import Decoded, decode
 from decoding.comparison import by_group, compare
 from decoding.decoder import Decoder, check_room
 from decoding.growing import Adaptive
+from decoding.judge import check_pass
 from decoding.sampling import Sampling
 from decoding.tree import (
     Choices,
@@ -44,6 +45,7 @@ from decoding.tree import (
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
 from model.heads_file import find_heads
+from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,9 @@ def load_model(args) -> MedusaModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
-    return model.to(device)
+    model.to(device)
+    check_whole(model)
+    return model
 
 
 def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) -> Choices | Adaptive:
@@ -178,6 +182,7 @@ def decode_all(
         decoder = Decoder(model, tree, args.batch_size, max_length, sampling, agree=args.agree)
         depth, kind = decoder.most - 1, "adaptive tree" if isinstance(tree, Adaptive) else "tree"
         name = f"{depth} head{'s' * (depth > 1)}, {kind} of {decoder.real - 1}" if depth else "plain"
+        check_pass(decoder)
         runs.append(decode(decoder, prompts, args.max_new_tokens, eos, name, show))
     return choices, runs
 

@@ -54,8 +54,8 @@ class MedusaModel(PreTrainedModel):
         self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
         self.medusa_loss = "ce"  # of the heads: against the next tokens; kl, lk: against the backbone's distribution
         self.backbone_frozen = False
-        units = [kind.__name__] if config.medusa_num_heads else []
-        self._no_split_modules = [*(backbone._no_split_modules or []), *units]  # FSDP units
+        units = [*(backbone._no_split_modules or [])]  # of FSDP
+        self._no_split_modules = units + [kind.__name__] * (config.medusa_num_heads > 0)
 
     @classmethod
     def from_backbone(
@@ -190,6 +190,7 @@ class MedusaModel(PreTrainedModel):
         rows: torch.Tensor | None = None,
         output_hidden: bool = False,
         hidden: torch.Tensor | None = None,
+        own_logits: bool = False,
     ) -> MedusaOutput:
         """Runs all heads forward; the caller runs one backward. training/trainer.py does one head after the other
         instead where it can, to save memory. input_ids, attention_mask, position_ids and labels are `[B, T]`.
@@ -198,18 +199,20 @@ class MedusaModel(PreTrainedModel):
             Head 0 is not computed if its weight is 0.
         rows: `[K+1]` row counts of the whole optimiser step, at least 1, to divide the summed losses by. Default: this
             batch's.
-
+        own_logits: without labels: `[2, B, T, V]`, head 0's logits and the backbone's own (model/judge.py).
         Heads that read the path to their guess are given the one of input_ids. Their logits mean nothing where it
         would leave the row or, in packed rows, the conversation.
         """
-        # Calls the class's method: under FSDP2 the instance's own gathers the root unit's weights first
-        # (training/fsdp.py), and here they are gathered already.
+        # The class's method: under FSDP2 the instance's own gathers the root unit's weights, which are whole here.
         hidden, text = MedusaModel.read(self, input_ids, attention_mask, position_ids, hidden)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
         seen = self.for_heads(hidden, attention_mask=attention_mask, position_ids=position_ids)
         if labels is None:
             lm_logits = cap(self.lm_head(hidden), self.softcap)
+            if own_logits:
+                own = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+                return MedusaOutput(logits=torch.stack([lm_logits, own.to(lm_logits)]))
             heads = [
                 to_full(head(seen, softcap=self.softcap, text=until(text, k)), self.token_map, lm_logits)
                 for k, head in enumerate(self.medusa_heads, 1)
@@ -250,10 +253,8 @@ class MedusaModel(PreTrainedModel):
         if not is_main_process:
             return
         directory = pathlib.Path(save_directory)
-        if state_dict is None:
-            state_dict = self.state_dict()
-        if include_backbone is None:
-            include_backbone = not self.backbone_frozen
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        include_backbone = not self.backbone_frozen if include_backbone is None else include_backbone
         if include_backbone:
             mine = under("backbone.", state_dict)
             for name, source in self.backbone.all_tied_weights_keys.items():

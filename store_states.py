@@ -37,9 +37,10 @@ from conversations.options import parse_kwargs
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
 from medusa_model import MedusaConfig, MedusaModel
-from model.backbone import check_backbone, load_backbone, load_backbone_config, load_without_layers
+from model.backbone import load_backbone, load_backbone_config, load_without_layers
+from model.judge import check_whole
 from training.arguments import ConversationArguments, DataArguments, ModelArguments, TrainingArguments, read_flags
-from training.build import check_sizes
+from training.build import check_before_data
 from training.data import load_data
 from training.refusals import about_conversations, refuse_first
 from training.run import check_same
@@ -134,7 +135,9 @@ def load(store, where: dict, device: torch.device) -> MedusaModel:
     model.freeze_backbone()
     if device.type == "cuda":
         model.use_liger_in_backbone()
-    return model.to(device)  # type: ignore[arg-type]  # transformers annotates `to` without its self
+    model.to(device)  # type: ignore[arg-type]  # transformers annotates `to` without its self
+    check_whole(model)
+    return model
 
 
 def compute(model: MedusaModel, rows: list[dict], collate: Collator, batch_size: int, bar: tqdm) -> dict:
@@ -243,6 +246,7 @@ def main():
         before = begun(output)
         config = load_backbone_config(name, **where)
         tokenizer, stops = load_tokenizer(name, store.chat_template, **where), load_stops(name, **where)
+        check_before_data(name, tokenizer, data_args.model_max_length, **where)
     # For templates that print it: rank 0's, as midnight may fall between two.
     date = gather_object([Date.fromisoformat(before["date"]) if before else Date.today()])[0]
     with together():
@@ -251,8 +255,6 @@ def main():
         parts = zip(PARTS, load_data(store, data_args, store, chat), strict=True)
         rows = {part: found for part, found in parts if found is not None}
         backbone = load_without_layers(name, config, dtype=getattr(torch, store.dtype), **where)
-        check_backbone(backbone, backbone.get_output_embeddings())
-        check_sizes(backbone, store, data_args, tokenizer)
         plan = make_plan(store, data_args, chat, date, backbone, rows)
         del backbone
         if before:

@@ -20,7 +20,7 @@ from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
 from training import run, vocabulary
 from training.arguments import parse
-from training.build import build_model, choose_head_type
+from training.build import build_model, check_before_data, choose_head_type
 from training.data import load_data
 from training.trainer import MedusaTrainer
 
@@ -43,13 +43,15 @@ def main():
     access = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(name, model_args.chat_template, **access)
+    length, stage_1 = data_args.model_max_length, training_args.medusa_only_heads
+    check_before_data(name, tokenizer, length, trains_backbone=not stage_1, **access)
     chat = ChatTemplate(tokenizer, load_stops(name, **access), parse_kwargs(model_args.chat_template_kwargs), date)
     train_data, eval_data = load_data(model_args, data_args, training_args, chat)
     if data_args.show_data:
         return preview.show(train_data, chat, data_args.show_data if training_args.process_index == 0 else 0)
     identity = run.identity(model_args, training_args, checkpoint, date, train_data, eval_data)
     tokens = vocabulary.choose_tokens(model_args, training_args, checkpoint, train_data, eval_data, chat.stops)
-    model = build_model(model_args, data_args, training_args, tokenizer, checkpoint, tokens)
+    model = build_model(model_args, data_args, training_args, checkpoint, tokens)
     trainer = MedusaTrainer(
         model=model,
         args=training_args,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from decoding.decoder import Decoder
+from decoding.judge import check_pass
 from decoding.sampling import Sampling
 from medusa_model import MedusaModel
 
@@ -74,6 +75,7 @@ def answer_all(
         return
     longest = max(map(len, prompts)) + max_new_tokens
     decoder = Decoder(model, [], min(batch_size, len(prompts)), longest, Sampling(temperature))
+    check_pass(decoder)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         answers: list[list[int]] = [[] for _ in batch]

@@ -94,6 +94,9 @@ def decoding(model: MedusaModel, products: list[Products], blocks: list[ResBlock
     parts = [model.backbone] if model.prefix is None else [model.backbone, model.prefix]
     for part in parts:
         part.set_attn_implementation(ATTENTION)
+    if model.backbone.config._attn_implementation != ATTENTION:  # transformers only warns
+        name = type(model.backbone).__name__
+        raise BadInput(f"{name} takes no other attention than its own, and decoding needs one for draft trees")
     for together in products:
         for layer in together.layers:
             layer.__class__ = FewRowsLinear

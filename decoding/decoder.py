@@ -121,11 +121,10 @@ class Decoder:
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """Reads the prompts, at most batch_size of them, and returns the backbone's next token for each."""
-        batch = len(self.tokens)
-        prompts = prompts + [[0]] * (batch - len(prompts))
+        prompts = prompts + [[0]] * (len(self.tokens) - len(prompts))
         lengths = torch.tensor([[len(prompt)] for prompt in prompts])
         # Padding goes on the right: causal attention never sees it, and passes overwrite it before they read there.
-        ids = torch.zeros(batch, int(lengths.max()), dtype=torch.int64)
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         self.cache.length = None
@@ -161,18 +160,21 @@ class Decoder:
             best = best_tokens(logits, self.ranks, self.model.token_map)  # [B, heads, ranks]
             self.tokens[:, 1:] = best[:, self.tree.depth[0, 1:] - 1, self.tree.rank[0, 1:]]
 
-    def step(self):
-        """One pass: advances `tokens` and `length`; `out` gets each row's count of new tokens, then the tokens."""
-        tree, row = self.tree, self.row
+    def read(self) -> torch.Tensor:
+        """The backbone on `tokens`, each node behind the text and its own ancestors: `[B, n, H]`."""
         self.cache.length = self.length
-        hidden = self.model.backbone.get_decoder()(
+        return self.model.backbone.get_decoder()(
             input_ids=self.tokens,
             # Guesses may reach past the end of the context; no token that `run` yields does.
-            position_ids=(self.length + tree.depth).clamp(max=self.context - 1),
+            position_ids=(self.length + self.tree.depth).clamp(max=self.context - 1),
             past_key_values=self.cache,
             use_cache=True,
             **self.view(),
         ).last_hidden_state
+
+    def step(self):
+        """One pass: advances `tokens` and `length`; `out` gets each row's count of new tokens, then the tokens."""
+        tree, row, hidden = self.tree, self.row, self.read()
         chosen, logp = choose(self.logits(hidden), self.sampling)
         if logp is None:
             right = self.tokens == chosen.gather(1, tree.parent)

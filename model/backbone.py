@@ -1,6 +1,7 @@
 """Loading a backbone: errors of one sentence, models that cannot have Medusa heads, and copies without weights."""
 
 import copy
+import inspect
 import os
 
 import torch
@@ -67,6 +68,40 @@ def check_backbone(backbone: PreTrainedModel, lm_head: nn.Module | None):
     for key in ("logit_scale", "logits_scaling"):
         if getattr(config, key, 1.0) not in (None, 1.0):
             raise BadInput(f"{name} scales its logits ({key} = {getattr(config, key)}): not supported")
+    decoder_layers(backbone)
+    if "position_ids" not in inspect.signature(backbone.get_decoder().forward).parameters:
+        raise BadInput(
+            f"{name} takes no position_ids (its tokens know their places from ALiBi or a recurrent state): a tree of "
+            "guesses, and a packed row, have places of their own, so it is not supported"
+        )
+
+
+def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, by whatever name: `layers` of LLaMA, `h` of GPT-2. Raises BadInput if it has no list of
+    them."""
+    number = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.get_decoder().children():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise BadInput(f"{type(backbone).__name__} has no list of its {number} decoder layers: not supported")
+
+
+def has_experts(backbone: PreTrainedModel) -> bool:
+    """Whether it is a mixture of experts. transformers has them under many names in configs, but one in modules."""
+    return any("experts" in f"{name} {type(module).__name__}".lower() for name, module in backbone.named_modules())
+
+
+def meta_backbone(name_or_path: str, trust_remote_code=False, **kwargs) -> PreTrainedModel:
+    """The backbone's modules without any weights, from its config alone, for checks that need no numbers: an 8B model
+    takes less than a second. Raises BadInput if it cannot have heads."""
+    config = load_backbone_config(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
+    try:
+        with torch.device("meta"):
+            backbone = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"cannot use the backbone {name_or_path}: {first_line(error)}") from error
+    check_backbone(backbone, backbone.get_output_embeddings())
+    return backbone
 
 
 def context_length(backbone: PreTrainedModel) -> int:

@@ -10,7 +10,15 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from callback import peak_process_gib
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
-from model.backbone import empty_backbone, load_backbone, load_backbone_config, load_without_layers, without_layers
+from model.backbone import (
+    empty_backbone,
+    has_experts,
+    load_backbone,
+    load_backbone_config,
+    load_without_layers,
+    meta_backbone,
+    without_layers,
+)
 from model.heads_file import HEADS_FILE, TOKEN_MAP, find_heads, load_config, load_heads
 from training.fsdp import reads_weights
 from training.states import check_model, fingerprint
@@ -44,12 +52,12 @@ def choose_head_type(model_args):
 
 
 def build_model(
-    model_args, data_args, training_args, tokenizer, checkpoint: Path | None, token_map: torch.Tensor | None = None
+    model_args, data_args, training_args, checkpoint: Path | None, token_map: torch.Tensor | None = None
 ) -> MedusaModel:
     """Called on every process. A process that gets its weights through FSDP only reserves memory for them.
 
     checkpoint: the one to resume from, or None. token_map: the tokens of a draft vocabulary `[V']`, or None. Raises
-    BadInput if backbone, tokenizer, heads and flags do not fit together.
+    BadInput if backbone, heads and flags do not fit together.
     """
     frozen = torch.bfloat16 if training_args.bf16 else torch.float32
     trainable = getattr(torch, model_args.dtype)
@@ -67,7 +75,6 @@ def build_model(
         backbone = load_backbone(model_args.model_name_or_path, dtype=dtype, **where)
     if stored:
         check_model(data_args.states_path, model_args.model_name_or_path, fingerprint(backbone) if reads else None)
-    check_sizes(backbone, model_args, data_args, tokenizer)
     model = MedusaModel.from_backbone(
         backbone,
         MedusaConfig(
@@ -110,18 +117,25 @@ def warn_of_memory(model: MedusaModel, device_bytes: int):
         )
 
 
-def check_sizes(backbone, model_args, data_args, tokenizer):
-    """Raises BadInput if the backbone has fewer embeddings than the tokenizer has tokens, or fewer positions than
-    --model_max_length."""
+def check_before_data(name_or_path: str, tokenizer, max_length: int | None, trains_backbone=False, **where):
+    """Raises BadInput for what the backbone's config alone shows, before conversations are tokenised and gigabytes
+    are read: it cannot have heads, or not this stage; it has fewer embeddings than the tokenizer has tokens, or fewer
+    positions than --model_max_length. where: cache_dir and trust_remote_code."""
+    backbone = meta_backbone(name_or_path, **where)
+    if trains_backbone and has_experts(backbone):
+        raise BadInput(
+            f"{type(backbone).__name__} is a mixture of experts, and stage 2 has no loss that keeps its experts balanced: "
+            "train heads only, with --medusa_only_heads True (stage 1)"
+        )
     vocab_size = backbone.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise BadInput(
-            f"the tokenizer has {len(tokenizer)} tokens, but {model_args.model_name_or_path} has embeddings for "
-            f"{vocab_size}: it is another model's tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, but {name_or_path} has embeddings for {vocab_size}: it is "
+            "another model's tokenizer, or tokens were added to it and not to the model"
         )
     positions = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and (data_args.model_max_length or 0) > positions:
-        raise BadInput(f"--model_max_length {data_args.model_max_length}: the backbone knows {positions} positions")
+    if positions is not None and (max_length or 0) > positions:
+        raise BadInput(f"--model_max_length {max_length}: the backbone knows {positions} positions")
 
 
 def trained_heads(model_args, training_args, checkpoint: Path | None) -> Path | None:

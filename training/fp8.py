@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.errors import BadInput
+from model.backbone import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def use_fp8(backbone: PreTrainedModel, device: torch.device):
         raise BadInput(
             f"--fp8_backbone: a {torch.cuda.get_device_name(device)} has no fp8 products (H100 and later do)"
         )
-    layers = [m for m in backbone.get_decoder().layers.modules() if type(m) is nn.Linear]
+    layers = [m for m in decoder_layers(backbone).modules() if type(m) is nn.Linear]
     odd = [layer for layer in layers if layer.in_features % 16 or layer.out_features % 16]
     if odd:
         raise BadInput(f"--fp8_backbone: {odd[0]} is not a multiple of 16 wide, which fp8 products must be")

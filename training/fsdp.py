@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from common.errors import BadInput
 from medusa_model import MedusaModel
+from model.backbone import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def configure(plugin, model: MedusaModel):
     plugin: accelerate's FullyShardedDataParallelPlugin. Raises BadInput if heads would not be units.
     """
     head = type(model.medusa_heads[0]).__name__ if len(model.medusa_heads) else None
-    if not len(model.backbone.get_decoder().layers):  # with stored states there are none to name
+    if not len(decoder_layers(model.backbone)):  # with stored states there are none to name
         plugin.transformer_cls_names_to_wrap = [head]
         if model.prefix is not None:
             plugin.transformer_cls_names_to_wrap.append(type(model.prefix.get_submodule("layers.0")).__name__)
@@ -55,7 +56,7 @@ def configure(plugin, model: MedusaModel):
     classes = {type(module).__name__ for module in model.modules()}
     missing = [name for name in names if name not in classes]
     if missing:
-        layers = sorted({type(layer).__name__ for layer in model.backbone.get_decoder().layers})
+        layers = sorted({type(layer).__name__ for layer in decoder_layers(model.backbone)})
         raise BadInput(
             f"fsdp_transformer_layer_cls_to_wrap names {missing[0]}, but the model has no such class: write "
             f"{','.join([*layers, *([head] if head else [])])}, or leave it out"

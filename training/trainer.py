@@ -18,6 +18,8 @@ from transformers.training_args import OptimizerNames
 from common.errors import BadInput
 from conversations.batches import ShuffledSampler
 from conversations.targets import IGNORE, count_rows, shifted_targets
+from model.backbone import decoder_layers
+from model.judge import check_logits, check_packing
 from training import fsdp
 from training.checkpoints import CheckpointingTrainer
 
@@ -50,7 +52,7 @@ class MedusaTrainer(CheckpointingTrainer):
         self.where = where
         if self.args.offload_activations and not self.one_by_one:
             raise BadInput(f"--offload_activations needs FSDP2 or one process, and this is {where}")
-        layers, recomputed = len(self.medusa.backbone.get_decoder().layers), self.args.gradient_checkpointing_layers
+        layers, recomputed = len(decoder_layers(self.medusa.backbone)), self.args.gradient_checkpointing_layers
         if recomputed is not None and recomputed > layers:
             raise BadInput(f"--gradient_checkpointing_layers {recomputed}: the backbone has {layers} layers")
         form = "all heads forward, then one backward"
@@ -258,11 +260,29 @@ class MedusaTrainer(CheckpointingTrainer):
 
     def before_wrapping(self) -> None:
         if self.args.gradient_checkpointing_layers is not None:  # the Trainer switched it on in all
-            for layer in self.medusa.backbone.get_decoder().layers[self.args.gradient_checkpointing_layers :]:
+            for layer in decoder_layers(self.medusa.backbone)[self.args.gradient_checkpointing_layers :]:
                 layer.gradient_checkpointing = False
 
     def after_wrapping(self) -> None:
         fsdp.link_units(self.medusa)
+        if len(decoder_layers(self.medusa.backbone)):  # of stored states store_states.py has judged
+            self._judge()
+
+    def _judge(self):
+        """Compares the backbone's own logits with ours, and a packed row with its parts, as the model is now: on its
+        device, sharded or not. Under FSDP every rank runs the wrapped model's forward, which gathers a layer at a time."""
+        dtype = torch.bfloat16 if self.args.bf16 else self.medusa.lm_head.weight.dtype
+        self.model_wrapped.eval()
+        fsdp.keep_whole_between_forward_and_backward(self.medusa, False)  # as in an evaluation
+
+        def logits(input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+            with torch.no_grad(), self.accelerator.autocast():
+                return self.model_wrapped(input_ids=input_ids, position_ids=position_ids, own_logits=True).logits
+
+        check_logits(logits, self.medusa, self.args.device, dtype)
+        if "position_ids" in (getattr(self.train_dataset, "column_names", None) or []):
+            check_packing(logits, self.medusa, self.args.device, dtype)
+        fsdp.keep_whole_between_forward_and_backward(self.medusa, True)
 
 
 def batch_counts(batch: dict, num_heads: int) -> torch.Tensor:
