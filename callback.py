@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class FlopCount:
         teaches, passes = model.medusa_loss != "ce", 1 if model.backbone_frozen else 3
 
         def weights(module) -> int:
-            return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+            return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
         prefix, layers = 0.0, config.num_hidden_layers
         if model.prefix is not None:  # it trains, whether the backbone does or not

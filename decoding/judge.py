@@ -42,6 +42,6 @@ def check_pass(decoder: Decoder):
     if part > (TF32 if devices and dtype == torch.float32 else OTHER_KERNELS[dtype]):
         raise BadInput(
             f"decoding does not know how {name_of(model)} places or masks its tokens: logits of a pass over a draft "
-            f"tree differ by {part:.2%} of their spread from those of the same text read plainly, so its text would be "
-            "wrong: not supported"
+            f"tree differ by {part:.2%} of their spread from those of the same text read plainly, so what it writes "
+            "would be wrong: not supported"
         )

@@ -1,8 +1,8 @@
 """Is the model what heads are trained for? Its own output is asked, on a short random text, and no list of names.
 
-Heads start as copies of the `lm_head`, and all losses here are of (soft-capped) `lm_head(hidden)`. A backbone that does
-something else to its logits would train heads for another model without a word. So would one in which a packed row's
-conversations see each other. Both are found by running it: 16 or 32 tokens, before the first step.
+Heads start as copies of the `lm_head`, and all losses here are of (soft-capped) `lm_head(hidden)`. With a backbone
+that does something else to its logits, heads would be trained for another model without a word. So they would if a
+packed row's conversations saw each other. Both are found by running it: 16 or 32 tokens, before the first step.
 """
 
 from collections.abc import Callable

@@ -197,7 +197,7 @@ def test_an_error_is_one_line_and_exit_status_1(model_dir, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": []}\n{"messages": [\n')
     command = [sys.executable, script.__file__, "--model_name_or_path", model_dir, "--data_path", "bad.jsonl"]
     done = subprocess.run(
-        [*command, "--output_dir", "out", "--cache_dir", "cache"],
+        [*command, "--output_dir", "out", "--cache_dir", "cache", "--model_max_length", "64"],
         capture_output=True,
         text=True,
         check=False,

@@ -3,9 +3,11 @@
 import logging
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import gather_object, parse_flag_from_env
+from torch import nn
 
 from callback import peak_process_gib
 from common.errors import BadInput
@@ -124,10 +126,10 @@ def check_before_data(name_or_path: str, tokenizer, max_length: int | None, trai
     backbone = meta_backbone(name_or_path, **where)
     if trains_backbone and has_experts(backbone):
         raise BadInput(
-            f"{type(backbone).__name__} is a mixture of experts, and stage 2 has no loss that keeps its experts balanced: "
-            "train heads only, with --medusa_only_heads True (stage 1)"
+            f"{type(backbone).__name__} is a mixture of experts, and stage 2 has no loss that keeps them balanced: "
+            "train the heads alone, with --medusa_only_heads True (stage 1)"
         )
-    vocab_size = backbone.get_input_embeddings().weight.shape[0]
+    vocab_size = cast(nn.Embedding, backbone.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise BadInput(
             f"the tokenizer has {len(tokenizer)} tokens, but {name_or_path} has embeddings for {vocab_size}: it is "

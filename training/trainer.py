@@ -261,7 +261,7 @@ class MedusaTrainer(CheckpointingTrainer):
     def before_wrapping(self) -> None:
         if self.args.gradient_checkpointing_layers is not None:  # the Trainer switched it on in all
             for layer in decoder_layers(self.medusa.backbone)[self.args.gradient_checkpointing_layers :]:
-                layer.gradient_checkpointing = False
+                cast(Any, layer).gradient_checkpointing = False
 
     def after_wrapping(self) -> None:
         fsdp.link_units(self.medusa)
@@ -269,8 +269,8 @@ class MedusaTrainer(CheckpointingTrainer):
             self._judge()
 
     def _judge(self):
-        """Compares the backbone's own logits with ours, and a packed row with its parts, as the model is now: on its
-        device, sharded or not. Under FSDP every rank runs the wrapped model's forward, which gathers a layer at a time."""
+        """Compares the backbone's own logits with ours, and a packed row with its parts, on the model as it is now, on
+        its device. Under FSDP every rank runs the wrapped model's forward, which gathers a unit at a time."""
         dtype = torch.bfloat16 if self.args.bf16 else self.medusa.lm_head.weight.dtype
         self.model_wrapped.eval()
         fsdp.keep_whole_between_forward_and_backward(self.medusa, False)  # as in an evaluation
