@@ -10,13 +10,14 @@ again with the same --output, it continues after the last whole batch there. An 
 
 Beside the messages a record has the tokens that the model read and wrote (`prompt_ids`, `answer_ids`). train.py trains
 on those: they are the context in which the model answered, thoughts included, whatever the chat template would make of
-the messages.
+the messages. `distilled` says with what they were made; with anything else the output is not gone on with.
 """
 
 import argparse
 import io
 import json
 import logging
+import os
 import sys
 from bisect import bisect_right
 from collections import Counter
@@ -29,7 +30,7 @@ from transformers import set_seed
 
 from common import errors, terminal
 from common.errors import BadInput
-from common.files import write_atomically
+from common.files import check_can_write, write_atomically
 from conversations.options import add_options, parse_kwargs
 from conversations.prompts import read_prompts, tokenise, with_system
 from conversations.template import ChatTemplate
@@ -68,19 +69,49 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def answered(output: Path, asked: list[int], batch_size: int) -> int:
+def settings(args) -> dict:
+    """What a record says of how it was made."""
+    name = args.model_name_or_path
+    made = {"model": os.path.abspath(name) if os.path.isdir(name) else name, "temperature": args.temperature}
+    made |= {"max_new_tokens": args.max_new_tokens, "max_prompt_length": args.max_prompt_length}
+    return made | ({"seed": args.seed} if args.temperature else {})
+
+
+def check_same(output: Path, records: list[dict], ids: dict[int, list[int]], made: dict):
+    """Raises BadInput if the output's records answer other prompts (ids: tokens by number), or were made otherwise."""
+    for record in records:
+        number = record["prompt"]
+        before = record.get("distilled")
+        if not isinstance(before, dict):
+            raise BadInput(f"{output} is of an earlier version, which does not say how: choose another --output")
+        for key in sorted(before.keys() | made.keys()):
+            if before.get(key) != made.get(key):
+                raise BadInput(
+                    f"{output} holds answers made with {key} {before.get(key)}, not {made.get(key)}: use the same, or "
+                    "choose another --output"
+                )
+        if ids.get(number) != record["prompt_ids"]:
+            raise BadInput(
+                f"{output} holds answers to other prompts: its prompt {number} is not the one that is asked now. Give "
+                "the same --prompts, --system and chat template, or choose another --output"
+            )
+
+
+def answered(output: Path, asked: list[int], batch_size: int, ids: dict[int, list[int]], made: dict) -> int:
     """How many of the prompts `asked` (their numbers, in order) the output has answers for, in whole batches. Removes
     the answers of a batch that a kill cut off: answered again as a whole, sampled answers are those of an
-    uninterrupted run. Raises BadInput if this script did not write the output."""
+    uninterrupted run. Raises BadInput if this script did not write the output, or `check_same` does."""
     text = output.read_text(encoding="utf-8") if output.exists() else ""
     lines = text.split("\n")[:-1]  # after the last line end there is nothing, or a line that was cut off
     start = '{"prompt": '
     try:
         if text[: len(start)] != start[: len(text)]:
             raise ValueError("not a record of this script")
-        prompts = [json.loads(line)["prompt"] for line in lines]
+        records = [json.loads(line) for line in lines]
+        prompts = [int(record["prompt"]) for record in records if isinstance(record["prompt_ids"], list)]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{output} exists and was not written by distill.py: choose another --output") from error
+    check_same(output, records, ids, made)
     done = bisect_right(asked, max(prompts, default=0)) // batch_size * batch_size
     last = asked[done - 1] if done else 0
     kept = "".join(line + "\n" for line, prompt in zip(lines, prompts, strict=True) if prompt <= last)
@@ -116,7 +147,9 @@ def to_text(answer: list[int], ends: set[int], tokenizer) -> tuple[str, str]:
     return text.strip(), kind if text.strip() else "empty"
 
 
-def to_record(number: int, conversation: dict, prompt_ids: list[int], answer: list[int], text: str, chat) -> dict:
+def to_record(
+    number: int, conversation: dict, prompt_ids: list[int], answer: list[int], text: str, chat, made: dict
+) -> dict:
     """A line of the output. The messages are for other programs and for people; a thought that the prompt has opened
     is whole there."""
     opened = OPEN_END.search(chat.tokenizer.decode(prompt_ids))
@@ -124,13 +157,16 @@ def to_record(number: int, conversation: dict, prompt_ids: list[int], answer: li
     record = {"prompt": number, "messages": turns}
     if conversation.get("tools"):
         record["tools"] = conversation["tools"]
-    return record | {"prompt_ids": prompt_ids, "answer_ids": answer}
+    return record | {"prompt_ids": prompt_ids, "answer_ids": answer, "distilled": made}
 
 
 def main():
     terminal.start()
     args = parse_arguments()
     kwargs, output = parse_kwargs(args.chat_template_kwargs), args.output
+    if output.is_dir():
+        raise BadInput(f"--output {output} is a directory: name a .jsonl file")
+    check_can_write(output.parent, "--output")
     prompts = read_prompts(args.prompts, config=args.dataset_config, split=args.train_split)[: args.limit]
     prompts = [with_system(conversation, args.system) for conversation in prompts]
     tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
@@ -141,7 +177,8 @@ def main():
         raise BadInput(f"{args.prompts}: no prompt can be asked: {next(iter(refused), 'they have no tokens')}")
     asked = [number for number in ids if 0 < len(ids[number]) <= args.max_prompt_length]
     batch_size = min(args.batch_size, len(asked)) or 1
-    done = answered(output, asked, batch_size)
+    made = settings(args)
+    done = answered(output, asked, batch_size, ids, made)
     if done:
         logger.info("%s: going on after prompt %d of %d", output, asked[done - 1], len(prompts))
     model, ends = load(args)
@@ -166,7 +203,7 @@ def main():
             bar.update()
             if kind == "empty":
                 continue
-            record = to_record(number, prompts[number - 1], ids[number], answer, text, chat)
+            record = to_record(number, prompts[number - 1], ids[number], answer, text, chat, made)
             if kind == "unfinished":
                 record["unfinished"] = True
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

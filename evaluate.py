@@ -19,7 +19,6 @@ The figures go to HEADS/accuracy.json, where generate.py and medusa_tree.py read
 import argparse
 import json
 import logging
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -28,13 +27,13 @@ from torch.utils.data import DataLoader
 
 from common import errors, terminal
 from common.errors import BadInput
-from common.files import write_atomically
+from common.files import check_can_write, write_atomically
 from common.terminal import markdown
 from conversations.batches import Collator
 from conversations.options import add_options, parse_kwargs
 from conversations.prompts import ask, tokenise
 from conversations.rows import prepare
-from conversations.sources import load_conversations, split_conversations
+from conversations.sources import is_share_or_number, load_conversations, split_conversations
 from conversations.summary import Summary
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
@@ -58,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data_path", required=True, nargs="+", help="conversations, as for train.py")
     add("--eval_split", help="the split of --data_path to read, instead of --train_split")
     add("--eval_holdout", type=float, default=0, help="only the last N (a share if below 1)")
-    add("--model_max_length", type=int, default=2048, help="longer conversations are cut")
+    add("--model_max_length", type=int, help="longer conversations are cut (default: 2048, or the model's context)")
     add("--max_new_tokens", type=int, default=256, help="the backbone's answers are cut; 0: none")
     add(
         "--adaptive",
@@ -73,16 +72,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--output_json", type=Path, help="write the figures there (default: HEADS/accuracy.json)")
     add_options(parser)
     args = parser.parse_args()
-    if min(args.max_new_tokens, args.adaptive) < 0 or args.batch_size < 1:
-        raise BadInput("--max_new_tokens and --adaptive must be 0 or more, --batch_size 1 or more")
+    if min(args.max_new_tokens, args.adaptive) < 0 or args.batch_size < 1 or (args.model_max_length or 1) < 1:
+        raise BadInput(
+            "--max_new_tokens and --adaptive must be 0 or more, --batch_size and --model_max_length 1 or more"
+        )
+    if not is_share_or_number(args.eval_holdout):
+        raise BadInput(f"--eval_holdout {args.eval_holdout:g}: a share below 1, or a number of conversations")
     return args
 
 
-def make_room(path: Path):
-    """Creates the directory of a file to write; raises BadInput if nothing can be written there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise BadInput(f"cannot write into {path.parent}: name another place with --output_json")
+def choose_length(asked: int | None, context: int) -> int:
+    """How many tokens of a conversation are read. Raises BadInput if more are asked for than the model knows: it would
+    answer with nonsense there, or not at all."""
+    if (asked or 0) > context:
+        raise BadInput(f"--model_max_length {asked}: the backbone knows {context} positions")
+    return asked or min(2048, context)
 
 
 def first_prompts(conversations, chat: ChatTemplate, longest: int) -> list[list[int]]:
@@ -147,16 +151,18 @@ def draw(result: dict, path: Path):
 
 def measure(args, model: MedusaModel, chat: ChatTemplate, data, summary: Summary) -> dict:
     """The figures of both texts. data: the conversations."""
+    context = context_length(model.backbone)
+    max_length = choose_length(args.model_max_length, context)
     if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
-        context, eos = context_length(model.backbone), end_tokens(model.backbone)
+        eos = end_tokens(model.backbone)
         check_pass(Decoder(model, [], 1, 1))
     collate = Collator.of(chat.tokenizer)
     min_length = len(model.medusa_heads) + 2
-    rows = prepare(data, summary, chat, args.model_max_length, min_length, by_length=True)
+    rows = prepare(data, summary, chat, max_length, min_length, by_length=True)
     logger.info("%s", summary.table())
     result = reference_text(model, DataLoader(rows, args.batch_size, collate_fn=collate))
     if args.max_new_tokens:
-        longest = min(args.model_max_length, context) - args.max_new_tokens
+        longest = max_length - args.max_new_tokens
         if prompts := first_prompts(data, chat, longest):
             asked = (args.max_new_tokens, collate, args.batch_size, args.adaptive)
             result["own"] = own_text(model, prompts, eos, *asked)
@@ -170,7 +176,7 @@ def main():
     kwargs = parse_kwargs(args.chat_template_kwargs)
     tokenizer = load_tokenizer(str(stage2 or directory), args.chat_template)
     output = args.output_json or Path(args.heads) / "accuracy.json"
-    make_room(output)
+    check_can_write(output.parent, "--output_json")
     summary, split = Summary(" ".join(args.data_path)), args.eval_split or args.train_split
     data = load_conversations(args.data_path, summary, config=args.dataset_config, split=split)
     if args.eval_holdout:
@@ -187,6 +193,7 @@ def main():
     result |= measure(args, model, chat, data, summary)
     print(report(result))
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda path: path.write_text(f"{{{text}}}\n"))
     draw(result, output.with_suffix(".png"))
 

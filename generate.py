@@ -19,7 +19,7 @@ from transformers import TextStreamer, set_seed
 
 from common import errors, terminal
 from common.errors import BadInput
-from common.files import write_atomically
+from common.files import check_can_write, write_atomically
 from common.terminal import markdown
 from conversations.options import add_options, parse_kwargs
 from conversations.prompts import question, read_prompts, tokenise, with_system
@@ -191,6 +191,8 @@ def main():
     terminal.start()
     args = parse_arguments()
     directory, stage2 = find_heads(args.heads)
+    if args.output_json:
+        check_can_write(args.output_json.parent, "--output_json")
     kwargs = parse_kwargs(args.chat_template_kwargs)
     questions = [question(text) for text in args.prompt]
     if args.prompts:

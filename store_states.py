@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from common import errors, provenance, terminal
 from common.errors import BadInput, first_line
-from common.files import write_atomically
+from common.files import check_can_write, write_atomically
 from conversations.batches import Collator
 from conversations.options import parse_kwargs
 from conversations.template import ChatTemplate
@@ -243,6 +243,7 @@ def main():
     output, name = Path(store.output), store.model_name_or_path
     where = {"cache_dir": store.cache_dir, "trust_remote_code": store.trust_remote_code}
     with together():
+        check_can_write(output, "--output")
         before = begun(output)
         config = load_backbone_config(name, **where)
         tokenizer, stops = load_tokenizer(name, store.chat_template, **where), load_stops(name, **where)

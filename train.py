@@ -21,7 +21,7 @@ from conversations.tokenizer import load_stops, load_tokenizer
 from training import run, vocabulary
 from training.arguments import parse
 from training.build import build_model, check_before_data, choose_head_type
-from training.data import load_data
+from training.data import check_steps, check_writable, load_data
 from training.trainer import MedusaTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def main():
     model_args.medusa_vocab_size = vocabulary.draft_size(model_args, training_args)
     choose_head_type(model_args)
     checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, training_args)
+    check_writable(training_args, shows=bool(data_args.show_data))
     date = run.first_day(checkpoint)
     access = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     name = model_args.model_name_or_path
@@ -49,6 +50,7 @@ def main():
     train_data, eval_data = load_data(model_args, data_args, training_args, chat)
     if data_args.show_data:
         return preview.show(train_data, chat, data_args.show_data if training_args.process_index == 0 else 0)
+    check_steps(training_args, train_data)
     identity = run.identity(model_args, training_args, checkpoint, date, train_data, eval_data)
     tokens = vocabulary.choose_tokens(model_args, training_args, checkpoint, train_data, eval_data, chat.stops)
     model = build_model(model_args, data_args, training_args, checkpoint, tokens)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 
 ACCESS = (
     "If it is a gated model, accept its licence on its Hub page and run `hf auth login`; or give the path of a local "
@@ -27,6 +28,16 @@ def end_with_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def end(sentence: str):
+    """Ends the process with one line on stderr and exit status 1. Of processes that a launcher started together, the
+    first says it for all: others wait a little, and the launcher ends them meanwhile. If it does not, because only
+    they have failed, they say it themselves."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and (rank := int(os.environ.get("LOCAL_RANK", 0))):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2 * rank)
+    sys.exit(f"error: {sentence}")
+
+
 def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_new_tokens."):
     """Runs a script's `main`. An error that the user can mend becomes one line on stderr, with the script's own
     advice, and exit status 1.
@@ -38,11 +49,11 @@ def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_n
     except (BadInput, FloatingPointError) as error:
         if os.environ.get("MEDUSA_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        end(str(error))
     except KeyboardInterrupt:
         print("interrupted" + if_interrupted, file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells count
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's. By its name, because not every script imports torch
             raise
-        sys.exit(f"error: out of GPU memory ({first_line(error)}). {if_out_of_memory}")
+        end(f"out of GPU memory ({first_line(error)}). {if_out_of_memory}")

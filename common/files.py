@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from common.errors import BadInput
+from common.errors import BadInput, first_line
 
 
 def write_atomically(path: Path, write):
@@ -14,6 +15,22 @@ def write_atomically(path: Path, write):
     write(temporary)
     fsync(temporary)
     os.replace(temporary, path)
+
+
+def check_can_write(path: str | Path, flag: str):
+    """Raises BadInput if no directory `path` can be made and written into: it is a file, read-only or full. Tries it
+    with a file that is gone at once, and makes no directory. flag: which one names it."""
+    path = Path(path).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise BadInput(f"{flag} {path}: {there} is a file, not a directory: choose another")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"{flag} {path}: cannot write into {there} ({first_line(error)}): choose another") from error
 
 
 def fsync(path: Path):

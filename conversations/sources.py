@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -193,14 +194,18 @@ def _others(lines: bytes, plain: np.ndarray) -> list[tuple[int, object]] | None:
         return None
 
 
+def is_share_or_number(holdout: float) -> bool:
+    return 0 <= holdout < math.inf and (holdout < 1 or float(holdout).is_integer())
+
+
 def split_conversations(
     data: datasets.Dataset, eval_data: datasets.Dataset | None, holdout: float
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """-> (train, eval). Without eval_data, holds out the last `holdout` conversations (a share if below 1, else a
     number). Drops from train what is in eval too, so that the model never trains on it."""
     if eval_data is None:
-        if not holdout >= 0:
-            raise BadInput(f"--eval_holdout {holdout:g}: 0 or more")
+        if not is_share_or_number(holdout):
+            raise BadInput(f"--eval_holdout {holdout:g}: a share below 1, or a number of conversations")
         count = round(holdout * len(data)) if holdout < 1 else int(holdout)
         if holdout <= 0:
             return data, None

@@ -47,7 +47,7 @@ CSV=$RESULTS/$(date +%Y-%m-%d)_gpus_$WHAT.csv
 launch_here() { # number of processes, script and flags
     processes=$1
     shift
-    "$PY" -m accelerate.commands.launch --quiet --config_file "$CONFIG" --num_processes "$processes" "$@"
+    "$PY" scripts/launch.py --quiet --config_file "$CONFIG" --num_processes "$processes" "$@"
 }
 DONE=0
 measure() { # number of processes, flags of benchmark/memory.py. Out of memory ends one measurement, not the others

@@ -67,9 +67,9 @@ launch() { # a script and its flags: a process per GPU, and on all nodes togethe
             SIZES="--parallelism_config_dp_replicate_size $NUM_NODES --parallelism_config_dp_shard_size $NUM_GPUS"
             ;;
     esac
-    # --quiet: where one process fails, no second traceback, of the launcher.
+    # --quiet and launch.py: where one process fails, no second traceback, of the launcher.
     # shellcheck disable=SC2086  # SIZES is several words, or none
-    exec "$PY" -m accelerate.commands.launch --quiet --config_file "$CONFIG" $SIZES \
+    exec "$PY" scripts/launch.py --quiet --config_file "$CONFIG" $SIZES \
         --num_machines "$NUM_NODES" --num_processes $((NUM_NODES * NUM_GPUS)) --machine_rank "$NODE_RANK" \
         --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "$MASTER_PORT" "$@"
 }

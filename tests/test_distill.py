@@ -208,7 +208,7 @@ def test_longer_prompts_are_left_out(ask, caplog):
 def test_a_prompt_and_its_answer_fit_into_the_context(ask):
     assert records(ask(max_prompt_length=200, max_new_tokens=56))
     with pytest.raises(BadInput, match=r"--max_prompt_length 200 and --max_new_tokens 57 .* 256 tokens .*: lower one"):
-        ask(max_prompt_length=200, max_new_tokens=57)
+        ask("other.jsonl", max_prompt_length=200, max_new_tokens=57)
 
 
 def test_a_model_without_an_end_is_refused(ask, chat_dir):

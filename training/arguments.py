@@ -240,7 +240,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1e-3 if stage_1 else 1e-5
         if self.medusa_lr_multiplier is None:  # 5e-4 for heads that are fresh beside a trained backbone
-            self.medusa_lr_multiplier = 1.0 if stage_1 else max(1.0, 5e-4 / self.learning_rate)
+            self.medusa_lr_multiplier = 1.0 if stage_1 else max(1.0, 5e-4 / (self.learning_rate or 5e-4))
         if self.output_dir is not None:
             self.output_dir = self.output_dir.replace("{stage}", "1" if stage_1 else "2")
         if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":  # from configs/*.yaml: accelerate computes in bf16

@@ -5,6 +5,8 @@ import logging
 import torch
 from datasets import Dataset
 
+from common.errors import BadInput
+from common.files import check_can_write
 from conversations.rows import prepare
 from conversations.sources import is_local, load_conversations, split_conversations
 from conversations.summary import Summary
@@ -12,6 +14,28 @@ from conversations.template import ChatTemplate
 from training.states import load_states
 
 logger = logging.getLogger(__name__)
+
+
+def check_writable(training_args, shows=False):
+    """Raises BadInput, before hours of tokenising, if the run cannot write where it has to. shows: rows, no run."""
+    if training_args.process_index == 0:
+        if training_args.cache_dir is not None:
+            check_can_write(training_args.cache_dir, "--cache_dir")
+        if not shows:
+            check_can_write(training_args.output_dir, "--output_dir")
+
+
+def check_steps(training_args, train_data: Dataset):
+    """Raises BadInput if there is not a row for each process, or not one whole batch where only whole ones count."""
+    rows, processes = len(train_data), training_args.world_size
+    if rows < processes:
+        raise BadInput(f"{rows} rows to train on for {processes} processes: give more data, or start fewer processes")
+    batch = training_args.train_batch_size * processes
+    if training_args.dataloader_drop_last and rows < batch:
+        raise BadInput(
+            f"--dataloader_drop_last True leaves no step: {rows} rows to train on are fewer than the {batch} that "
+            f"{processes} x --per_device_train_batch_size {training_args.train_batch_size} take"
+        )
 
 
 def load_data(model_args, data_args, training_args, chat: ChatTemplate) -> tuple[Dataset, Dataset | None]:

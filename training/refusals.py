@@ -1,10 +1,14 @@
 """Refuses combinations of flags that cannot work: each in one sentence, before anything loads."""
 
+import math
 import os
 
 from accelerate.utils import parse_flag_from_env
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.errors import BadInput
+from conversations.sources import is_share_or_number
 
 RENAMED = {  # flags of older transformers, which the parser would only call unknown
     "--warmup_ratio": "--warmup_steps 0.1 (a value below 1 is a ratio)",
@@ -102,12 +106,9 @@ def refuse(model, data, training):
             bool(training.do_eval) and not data.evaluates,
             f"--do_eval asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout{to_whom}",
         ),
+        # ---- steps ----
+        *about_steps(model, training),
         # ---- the loss ----
-        (
-            min(training.medusa_heads_coefficient, training.medusa_decay_coefficient, training.medusa_lr_multiplier)
-            < 0,
-            "--medusa_heads_coefficient, --medusa_decay_coefficient and --medusa_lr_multiplier: 0 or more",
-        ),
         (
             training.medusa_loss != "ce" and not model.medusa_return,
             f"--medusa_loss {training.medusa_loss} is a loss of heads, and --medusa_return False has none",
@@ -187,11 +188,69 @@ def about_conversations(data) -> tuple:
             data.eval_split == (data.train_split or "train") and data.eval_data_path is None,
             f"--eval_split {data.eval_split} is what is trained on: hold some of it out with --eval_holdout",
         ),
-        (not data.eval_holdout >= 0, f"--eval_holdout {data.eval_holdout:g}: 0 or more"),
+        (
+            not is_share_or_number(data.eval_holdout),
+            f"--eval_holdout {data.eval_holdout:g}: a share below 1, or a number of conversations",
+        ),
         (
             data.eval_holdout != 0 and (data.eval_data_path is not None or data.eval_split is not None),
             "--eval_holdout excludes --eval_data_path and --eval_split: evaluate on one of them",
         ),
+    )
+
+
+def install(name: str) -> str:
+    """What to do about a tracker that transformers does not find."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        return f"transformers knows {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+    where = "-r requirements-wandb.txt" if name == "wandb" else name.replace("_ml", "-ml")
+    return f"its package is not installed: pip install {where}"
+
+
+def about_steps(model, training) -> tuple:
+    """Refusals of numbers that would train nothing, or end in a library's error long after the start."""
+    at_least = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": 0,
+        "learning_rate": 0,
+        "medusa_lr_multiplier": 0,
+        "medusa_heads_coefficient": 0,
+        "medusa_decay_coefficient": 0,
+        "weight_decay": 0,
+        "adam_epsilon": 0,
+        "max_grad_norm": 0,
+        "warmup_steps": 0,
+    }
+    numbers = {name: (getattr(training, name), least) for name, least in at_least.items()}
+    metric = training.metric_for_best_model
+    known = ["loss", *(f"head_{k}_{what}" for k in range(model.num_heads + 1) for what in ("loss", "top1"))]
+    missing = [name for name in training.report_to if name not in get_available_reporting_integrations()]
+    return (
+        *(
+            (not least <= number < math.inf, f"--{name} {number:g}: {least} or more")
+            for name, (number, least) in numbers.items()
+            if number is not None
+        ),
+        *(
+            (not 0 <= getattr(training, name) < 1, f"--{name} {getattr(training, name):g}: at least 0, and below 1")
+            for name in ("adam_beta1", "adam_beta2")
+        ),
+        (
+            training.max_steps <= 0 and not 0 < training.num_train_epochs < math.inf,
+            f"--num_train_epochs {training.num_train_epochs:g} trains nothing: more than 0, or give --max_steps",
+        ),
+        (
+            training.eval_steps is not None and not 0 < training.eval_steps < math.inf,
+            f"--eval_steps {training.eval_steps}: more than 0",
+        ),
+        (not 0 < training.save_steps < math.inf, f"--save_steps {training.save_steps:g}: more than 0"),
+        (
+            metric is not None and metric.removeprefix("eval_") not in known,
+            f"--metric_for_best_model {metric} is not measured: {', '.join(known)} are",
+        ),
+        *((True, f"--report_to {name}: {install(name)}") for name in missing),
     )
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-LAUNCH = "-m accelerate.commands.launch --quiet --config_file"
+LAUNCH = "scripts/launch.py --quiet --config_file"
 
 
 @pytest.fixture

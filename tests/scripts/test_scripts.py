@@ -39,8 +39,8 @@ def launcher_flags(done) -> list[str]:
     """The words a script gives to accelerate, up to train.py."""
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
-    assert words[:2] == ["-m", "accelerate.commands.launch"]
-    return words[2 : words.index("train.py") + 1]
+    assert words[0] == "scripts/launch.py"
+    return words[1 : words.index("train.py") + 1]
 
 
 def flags_of(done):
