@@ -1,5 +1,6 @@
 """Loading a backbone: errors of one sentence, models that cannot have Medusa heads, and copies without weights."""
 
+import contextlib
 import copy
 import inspect
 import os
@@ -21,7 +22,8 @@ def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
 
 def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """`AutoConfig.from_pretrained`, with the same errors."""
-    return _load(AutoConfig, name_or_path, **kwargs)
+    with reading_config(name_or_path):
+        return _load(AutoConfig, name_or_path, **kwargs)
 
 
 def without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -95,13 +97,25 @@ def meta_backbone(name_or_path: str, trust_remote_code=False, **kwargs) -> PreTr
     """The backbone's modules without any weights, from its config alone, for checks that need no numbers: an 8B model
     takes less than a second. Raises BadInput if it cannot have heads."""
     config = load_backbone_config(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
-    try:
-        with torch.device("meta"):
-            backbone = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"cannot use the backbone {name_or_path}: {first_line(error)}") from error
-    check_backbone(backbone, backbone.get_output_embeddings())
+    with reading_config(name_or_path), torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        check_backbone(backbone, backbone.get_output_embeddings())
     return backbone
+
+
+@contextlib.contextmanager
+def reading_config(name_or_path: str):
+    """Makes one sentence of whatever a library raises over a config.json: it is somebody else's file, and a value that
+    nobody expected ends in any kind of error."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(
+            f"cannot use the backbone {name_or_path}: its config.json gives {type(error).__name__} "
+            f"({first_line(error)}). It is damaged, or for another version of transformers"
+        ) from error
 
 
 def context_length(backbone: PreTrainedModel) -> int:

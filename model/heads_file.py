@@ -73,12 +73,12 @@ def load_config(directory: Path) -> dict:
         raise BadInput(f"{directory / 'config.json'}: medusa_head_type {kind} is not one of {', '.join(HEAD_TYPES)}")
     keys = ("medusa_num_heads", "medusa_num_layers", "hidden_size", "vocab_size")
     for key in (*keys, *(["medusa_rank"] if kind == "markov" else [])):
-        if not isinstance(config.get(key), int) or config[key] < (key != "medusa_num_layers"):
+        if type(config.get(key)) is not int or config[key] < (key != "medusa_num_layers"):
             raise BadInput(f"{directory / 'config.json'} has no number {key}: it is not a config of Medusa heads")
     if not isinstance(config.get("medusa_prefix_layer", False), bool):
         raise BadInput(f"{directory / 'config.json'}: medusa_prefix_layer is neither true nor false")
     draft = config.get("medusa_vocab_size")
-    if draft is not None and not (isinstance(draft, int) and 0 < draft < config["vocab_size"]):
+    if draft is not None and not (type(draft) is int and 0 < draft < config["vocab_size"]):
         raise BadInput(
             f"{directory / 'config.json'}: medusa_vocab_size {draft} is no part of {config['vocab_size']} tokens"
         )

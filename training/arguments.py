@@ -283,7 +283,7 @@ def read_flags(argv: list[str], *classes) -> tuple:
     try:
         return Parser(cast(Any, classes)).parse_args_into_dataclasses(argv)  # annotated as several of one class
     except ValueError as error:  # an unknown flag, or a value that transformers refuses
-        raise BadInput(str(error)) from error
+        raise BadInput(" ".join(str(error).split())) from error
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
