@@ -21,6 +21,7 @@ import os
 import sys
 from bisect import bisect_right
 from collections import Counter
+from datetime import date as Date
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,11 +70,12 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def settings(args) -> dict:
+def settings(args, date: Date) -> dict:
     """What a record says of how it was made."""
     name = args.model_name_or_path
     made = {"model": os.path.abspath(name) if os.path.isdir(name) else name, "temperature": args.temperature}
     made |= {"max_new_tokens": args.max_new_tokens, "max_prompt_length": args.max_prompt_length}
+    made["date"] = date.isoformat()
     return made | ({"seed": args.seed} if args.temperature else {})
 
 
@@ -97,24 +99,39 @@ def check_same(output: Path, records: list[dict], ids: dict[int, list[int]], mad
             )
 
 
-def answered(output: Path, asked: list[int], batch_size: int, ids: dict[int, list[int]], made: dict) -> int:
-    """How many of the prompts `asked` (their numbers, in order) the output has answers for, in whole batches. Removes
-    the answers of a batch that a kill cut off: answered again as a whole, sampled answers are those of an
-    uninterrupted run. Raises BadInput if this script did not write the output, or `check_same` does."""
-    text = output.read_text(encoding="utf-8") if output.exists() else ""
-    lines = text.split("\n")[:-1]  # after the last line end there is nothing, or a line that was cut off
+def read_output(output: Path) -> tuple[str, list[dict]]:
+    """What is there already: its text, and the records of its whole lines. Raises BadInput if this script did not
+    write it."""
     start = '{"prompt": '
     try:
+        text = output.read_text(encoding="utf-8") if output.exists() else ""
         if text[: len(start)] != start[: len(text)]:
             raise ValueError("not a record of this script")
-        records = [json.loads(line) for line in lines]
-        prompts = [int(record["prompt"]) for record in records if isinstance(record["prompt_ids"], list)]
+        records = [json.loads(line) for line in text.split("\n")[:-1]]  # the last line is empty, or was cut off
+        if not all(type(record["prompt"]) is int and isinstance(record["prompt_ids"], list) for record in records):
+            raise ValueError("not a record of this script")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{output} exists and was not written by distill.py: choose another --output") from error
-    check_same(output, records, ids, made)
+    return text, records
+
+
+def first_day(records: list[dict]) -> Date:
+    """What a template prints that asks for the date: the day on which the output was begun."""
+    try:
+        return Date.fromisoformat(records[0]["distilled"]["date"])
+    except (LookupError, TypeError, ValueError):  # it is new, or `check_same` says what is wrong
+        return Date.today()
+
+
+def answered(output: Path, text: str, records: list[dict], asked: list[int], batch_size: int) -> int:
+    """How many of the prompts `asked` (their numbers, in order) the output has answers for, in whole batches. Removes
+    the answers of a batch that a kill cut off: answered again as a whole, sampled answers are those of an
+    uninterrupted run."""
+    prompts = [record["prompt"] for record in records]
     done = bisect_right(asked, max(prompts, default=0)) // batch_size * batch_size
     last = asked[done - 1] if done else 0
-    kept = "".join(line + "\n" for line, prompt in zip(lines, prompts, strict=True) if prompt <= last)
+    lines = zip(text.split("\n"), prompts, strict=False)
+    kept = "".join(line + "\n" for line, prompt in lines if prompt <= last)
     if kept != text:
         write_atomically(output, lambda path: path.write_text(kept, encoding="utf-8"))
     return done
@@ -170,15 +187,18 @@ def main():
     prompts = read_prompts(args.prompts, config=args.dataset_config, split=args.train_split)[: args.limit]
     prompts = [with_system(conversation, args.system) for conversation in prompts]
     tokenizer = load_tokenizer(args.model_name_or_path, args.chat_template)
-    chat = ChatTemplate(tokenizer, kwargs=kwargs)
+    text, records = read_output(output)
+    date = first_day(records)
+    chat = ChatTemplate(tokenizer, kwargs=kwargs, date=date)
     refused: Counter[str] = Counter()
     ids = dict(enumerate(tokenise(prompts, chat, refused), 1))
     if prompts and not any(ids.values()):
         raise BadInput(f"{args.prompts}: no prompt can be asked: {next(iter(refused), 'they have no tokens')}")
     asked = [number for number in ids if 0 < len(ids[number]) <= args.max_prompt_length]
     batch_size = min(args.batch_size, len(asked)) or 1
-    made = settings(args)
-    done = answered(output, asked, batch_size, ids, made)
+    made = settings(args, date)
+    check_same(output, records, ids, made)
+    done = answered(output, text, records, asked, batch_size)
     if done:
         logger.info("%s: going on after prompt %d of %d", output, asked[done - 1], len(prompts))
     model, ends = load(args)
@@ -198,12 +218,12 @@ def main():
                 file.flush()
                 set_seed(args.seed + place)  # so that a resumed run draws the same samples
             answer = next(answers)
-            text, kind = to_text(answer, ends, tokenizer)
+            words, kind = to_text(answer, ends, tokenizer)
             kinds[kind] += 1
             bar.update()
             if kind == "empty":
                 continue
-            record = to_record(number, prompts[number - 1], ids[number], answer, text, chat, made)
+            record = to_record(number, prompts[number - 1], ids[number], answer, words, chat, made)
             if kind == "unfinished":
                 record["unfinished"] = True
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,5 +1,7 @@
 """distill.py: what its records hold beside the text, and which prompts it asks."""
 
+from datetime import date as Date
+
 import pytest
 from conftest import make_tokenizer, write_jsonl
 from distilling import records
@@ -46,3 +48,19 @@ def test_prompts_that_the_template_refuses_are_left_out_and_counted(ask, chat_di
     assert "1 prompts that the chat template does not write (the chat template refuses it: no system)" in caplog.text
     with pytest.raises(BadInput, match="no prompt can be asked: the chat template refuses it: no system"):
         ask("none.jsonl", prompts=prompts, system="be new")
+
+
+def test_a_template_that_prints_the_day_is_gone_on_with_tomorrow(ask, chat_dir, monkeypatch):
+    class Yesterday(Date):
+        @classmethod
+        def today(cls):
+            return cls(2026, 1, 2)
+
+    template = chat_dir / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.Date", Yesterday)
+        out = ask()
+    whole = out.read_text()
+    out.write_text("".join(line + "\n" for line in whole.split("\n")[:3]))
+    assert ask().read_text() == whole and '"date": "2026-01-02"' in whole

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from datetime import date as Date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +144,8 @@ def test_the_same_without_the_flags_works(place, monkeypatch):
     call(place, "distill", {})
     assert (place / "answers.jsonl").read_text() == answers
     found = json.loads(answers.splitlines()[0])["distilled"]
-    assert found == {"model": str(place / "model"), "temperature": 0, "max_new_tokens": 3, "max_prompt_length": 60}
+    want = {"model": str(place / "model"), "temperature": 0, "max_new_tokens": 3, "max_prompt_length": 60}
+    assert found == want | {"date": Date.today().isoformat()}
     call(place, "generate", {"--output_json": "new/figures.json"})
     call(place, "evaluate", {"--output_json": "new/accuracy.json"})  # the default length is the context's 256
     call(place, "evaluate", {"--output_json": "new/accuracy.json", "--model_max_length": 256})
