@@ -12,6 +12,7 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
     """A fast tokenizer with a chat template: its own, or that of the file `chat_template`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        tokenizer("why", add_special_tokens=False)
     except Exception as error:  # of a damaged file, tokenizers and transformers raise any kind
         raise BadInput(f"cannot load a tokenizer from {name_or_path}: {first_line(error)} {ACCESS}") from error
     if chat_template is not None:

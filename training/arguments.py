@@ -282,7 +282,7 @@ def read_flags(argv: list[str], *classes) -> tuple:
     refuse_renamed(argv)
     try:
         return Parser(cast(Any, classes)).parse_args_into_dataclasses(argv)  # annotated as several of one class
-    except ValueError as error:  # an unknown flag, or a value that transformers refuses
+    except (ValueError, OverflowError) as error:  # an unknown flag, or a value that transformers refuses
         raise BadInput(" ".join(str(error).split())) from error
 
 

@@ -250,6 +250,15 @@ def about_steps(model, training) -> tuple:
             metric is not None and metric.removeprefix("eval_") not in known,
             f"--metric_for_best_model {metric} is not measured: {', '.join(known)} are",
         ),
+        *(
+            (
+                bool(getattr(training, name)) and training.dataloader_num_workers == 0,
+                f"--{name} is for workers that load data: give --dataloader_num_workers 1 or more",
+            )
+            for name in (
+                f"dataloader_{what}" for what in ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+            )
+        ),
         *((True, f"--report_to {name}: {install(name)}") for name in missing),
     )
 
