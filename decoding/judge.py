@@ -16,16 +16,15 @@ from model.judge import OTHER_KERNELS, apart, name_of, random_text
 def check_pass(decoder: Decoder):
     """Raises BadInput if the logits of the tree's nodes, with random guesses in it, are not those of plain texts that
     end in them. It takes a prefill of some tokens, a pass, and a forward of one short row for each node."""
-    model, tree, nodes = decoder.model, decoder.tree, decoder.real
-    text = random_text(decoder.model.config.vocab_size, rows=2 + nodes // 16).flatten().to(decoder.device)
+    model, nodes = decoder.model, decoder.real
+    text = random_text(model.config.vocab_size, rows=2 + nodes // 16).flatten().to(decoder.device)
     length = max(1, min(8, decoder.max_length, decoder.context - decoder.most))
     prompt, guesses = text[:length], text[length:][:nodes]
-    rows = torch.cat([prompt.expand(nodes, -1), guesses[tree.path[:nodes]]], 1)  # [nodes, text and path]
     devices = [decoder.device] if decoder.device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(devices):  # the prefill draws a token, if tokens are drawn
         try:
-            with decoding(model, decoder.products):
-                decoder.prefill([prompt.tolist()])
+            with decoding(model, decoder.products, decoder.blocks):
+                decoder.prefill([prompt.tolist()])  # where trees grow, it grows one
                 decoder.tokens[0, :nodes] = guesses
                 found = decoder.logits(decoder.read())[0, :nodes]
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError) as error:
@@ -33,8 +32,9 @@ def check_pass(decoder: Decoder):
                 f"decoding cannot run {name_of(model)}: a pass over a draft tree ends with {type(error).__name__} "
                 f"({first_line(error)}). Its layers keep something else than keys and values, so it is not supported"
             ) from error
-        hidden = model.last_hidden_state(rows)
-        want = decoder.logits(hidden[torch.arange(nodes, device=decoder.device), length + tree.depth[:nodes]])
+        path, depth = decoder.tree.path[0, :nodes], decoder.tree.depth[0, :nodes]
+        hidden = model.last_hidden_state(torch.cat([prompt.expand(nodes, -1), guesses[path]], 1))  # [nodes, T, H]
+        want = decoder.logits(hidden[torch.arange(nodes, device=decoder.device), length + depth])
     part = apart(found, want).median().item()  # one node may part by itself: a token that goes to other experts
     if part > OTHER_KERNELS[model.lm_head.weight.dtype]:
         raise BadInput(

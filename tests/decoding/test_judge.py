@@ -9,6 +9,7 @@ from odd import make_odd
 
 from common.errors import BadInput
 from decoding.decoder import Decoder
+from decoding.growing import Adaptive
 from decoding.judge import check_pass
 from decoding.sampling import Sampling
 from medusa_model import MedusaConfig, MedusaModel
@@ -29,8 +30,11 @@ def test_good_models_pass(name, dtype):
         check_pass(Decoder(model, tree, 2, length, graph=False))
 
 
-def test_heads_that_read_their_path_pass():
-    check_pass(Decoder(make("llama", kind="hydra"), TREE, 1, 100, graph=False))
+@pytest.mark.parametrize("kind", ["medusa", "markov", "hydra"])
+def test_every_type_of_heads_and_trees_that_grow_pass(kind):
+    model = make("llama", kind=kind)
+    for tree in (TREE, Adaptive(8, 3)):
+        check_pass(Decoder(model, tree, 2, 100, graph=False))
 
 
 @pytest.mark.parametrize(
