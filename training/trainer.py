@@ -266,9 +266,9 @@ class MedusaTrainer(CheckpointingTrainer):
     def after_wrapping(self) -> None:
         fsdp.link_units(self.medusa)
         if len(decoder_layers(self.medusa.backbone)):  # of stored states store_states.py has judged
-            self._judge()
+            self.judge()
 
-    def _judge(self):
+    def judge(self):
         """Compares the backbone's own logits with ours, and a packed row with its parts, on the model as it is now, on
         its device. Under FSDP every rank runs the wrapped model's forward, which gathers a unit at a time."""
         dtype = torch.bfloat16 if self.args.bf16 else self.medusa.lm_head.weight.dtype
