@@ -58,7 +58,7 @@ def check_logits(logits: Logits, model, device: torch.device, dtype: torch.dtype
         )
     found = apart(ours, own).max().item()
     if found > SAME_KERNELS[dtype]:
-        capped = "lm_head(hidden)" if model.softcap is None else f"lm_head(hidden), soft-capped at {model.softcap:g},"
+        capped = "lm_head(hidden)," if model.softcap is None else f"lm_head(hidden), soft-capped at {model.softcap:g},"
         raise BadInput(
             f"the logits of {name_of(model)} are not {capped} which heads are copied from: on a random text they "
             f"differ by up to {(ours.float() - own.float()).abs().max():.3g}, {found:.2%} of their spread. Its heads "

@@ -39,7 +39,7 @@ def test_good_models_pass(name, dtype):
 @pytest.mark.parametrize("name", ["falcon_h1", "recurrent_gemma"])
 def test_other_logits_are_refused(name, dtype):
     """Those of Falcon-H1 are multiplied, those of RecurrentGemma capped by a name of its own."""
-    with pytest.raises(BadInput, match=r"are not lm_head\(hidden\) .* differ by up to \d.*% of their spread"):
+    with pytest.raises(BadInput, match=r"are not lm_head\(hidden\), .* differ by up to \d.*% of their spread"):
         check_whole(make(name, dtype))
 
 
