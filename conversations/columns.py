@@ -1,6 +1,7 @@
 """How conversations are stored: the columns of a dataset, and a short way from plain records to them."""
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -98,6 +99,9 @@ def plain_table(numbers: np.ndarray, messages: pa.Array) -> pa.Table:
     return pa.table(columns | nulls, schema=schema)
 
 
+NULL_RECORD = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
+
+
 def read_plain(lines: bytes) -> tuple[np.ndarray, pa.Array] | None:
     """-> which records of these lines of JSON are plain, and the messages of those; None if that cannot be told.
 
@@ -106,6 +110,8 @@ def read_plain(lines: bytes) -> tuple[np.ndarray, pa.Array] | None:
     become objects of Python, which would take four times as long.
     """
     if any(nested * 50 in lines for nested in (b"]]", b"}}", b"]}", b"}]")):  # Arrow's parser would overflow its stack
+        return None
+    if NULL_RECORD.search(lines):  # at the start of one of its blocks, Arrow 26.0.1 dies of it
         return None
     try:
         table = pyarrow.json.read_json(pa.BufferReader(lines), pyarrow.json.ReadOptions(block_size=1 << 20))

@@ -40,7 +40,7 @@ def refuse(model, data, training):
         # ---- the model ----
         (not model.model_name_or_path, "--model_name_or_path is empty"),
         (heads < 1, f"--medusa_num_heads {heads}: at least 1; for plain fine-tuning use --medusa_return False"),
-        (model.medusa_num_layers < 0, f"--medusa_num_layers {model.medusa_num_layers}: 0 or more"),
+        (not 0 <= model.medusa_num_layers <= 100, f"--medusa_num_layers {model.medusa_num_layers}: from 0 to 100"),
         (
             model.medusa_head_type == "hydra" and model.medusa_num_layers == 0,
             "--medusa_num_layers 0: --medusa_head_type hydra needs 1, whose first ResBlock reads the tokens before",
@@ -249,6 +249,10 @@ def about_steps(model, training) -> tuple:
         (
             metric is not None and metric.removeprefix("eval_") not in known,
             f"--metric_for_best_model {metric} is not measured: {', '.join(known)} are",
+        ),
+        (
+            training.dataloader_num_workers > (os.cpu_count() or 1),
+            f"--dataloader_num_workers {training.dataloader_num_workers}: the machine has {os.cpu_count()} processors",
         ),
         *(
             (

@@ -88,3 +88,11 @@ def test_many_kinds_are_ten_and_all_others():
     summary.read = 100 - summary.used
     with pytest.raises(BadInput, match=r"unknown role 2 \(record 3\).*10 other reasons \(record 1\)"):
         summary.check()
+
+
+@pytest.mark.parametrize("text", ["null\n", "null", "\n  null\n{}", "null\nnull\n{}\n"])
+def test_records_that_are_null(text, tmp_path):
+    """Arrow's parser ends the whole process over a block that begins with one."""
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(BadInput):
+        load_conversations(str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path))
