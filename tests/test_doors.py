@@ -91,7 +91,7 @@ DOORS = [
     ("train", {"--report_to": "wandb"}, "--report_to wandb: .* pip install -r requirements-wandb.txt"),
     ("train", {"--report_to": "mlflow"}, "--report_to mlflow: .* pip install mlflow"),
     ("train", {"--report_to": "paper"}, "--report_to paper: transformers knows .*tensorboard"),
-    ("train", {"--metric_for_best_model": "bleu"}, "best_model bleu is not measured: loss, head_0_loss, .* are"),
+    ("train", {"--metric_for_best_model": "bleu"}, "model bleu is not measured: loss, and .* of heads 0 to 1 are"),
     ("train", {"--metric_for_best_model": "eval_head_2_top1"}, "eval_head_2_top1 is not measured"),
     # ---- numbers that train nothing, or not what they say ----
     ("train", {"--per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: 1 or more"),
@@ -101,6 +101,8 @@ DOORS = [
     ("train", {"--medusa_num_layers": 99999999999}, "--medusa_num_layers 99999999999: from 0 to 100"),
     ("train", {"--dataloader_num_workers": 99999}, r"--dataloader_num_workers 99999: the machine has \d+ processors"),
     ("train", {"--dataloader_persistent_workers": True}, "for workers that load data: give --dataloader_num"),
+    ("train", {"--medusa_num_heads": 99999999999}, "head 99999999999 looks"),
+    ("train", {"--lr_scheduler_kwargs": "no"}, "--lr_scheduler_kwargs no is no JSON object"),
     ("train", {"--learning_rate": "nan"}, "--learning_rate nan: 0 or more"),
     ("train", {"--medusa_heads_coefficient": "inf"}, "--medusa_heads_coefficient inf: 0 or more"),
     ("train", {"--adam_beta2": 1}, "--adam_beta2 1: at least 0, and below 1"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 from accelerate.utils import parse_flag_from_env
 from transformers.integrations import get_available_reporting_integrations
@@ -225,7 +226,7 @@ def about_steps(model, training) -> tuple:
     }
     numbers = {name: (getattr(training, name), least) for name, least in at_least.items()}
     metric = training.metric_for_best_model
-    known = ["loss", *(f"head_{k}_{what}" for k in range(model.num_heads + 1) for what in ("loss", "top1"))]
+    measured = re.fullmatch(r"(?:eval_)?(?:loss|head_(\d{1,9})_(?:loss|top1))", metric or "loss")
     missing = [name for name in training.report_to if name not in get_available_reporting_integrations()]
     return (
         *(
@@ -247,8 +248,9 @@ def about_steps(model, training) -> tuple:
         ),
         (not 0 < training.save_steps < math.inf, f"--save_steps {training.save_steps:g}: more than 0"),
         (
-            metric is not None and metric.removeprefix("eval_") not in known,
-            f"--metric_for_best_model {metric} is not measured: {', '.join(known)} are",
+            measured is None or int(measured[1] or 0) > model.num_heads,
+            f"--metric_for_best_model {metric} is not measured: loss, and head_k_loss and head_k_top1 of heads 0 to "
+            f"{model.num_heads} are",
         ),
         (
             training.dataloader_num_workers > (os.cpu_count() or 1),
@@ -262,6 +264,13 @@ def about_steps(model, training) -> tuple:
             for name in (
                 f"dataloader_{what}" for what in ("persistent_workers", "prefetch_factor", "multiprocessing_context")
             )
+        ),
+        *(
+            (
+                isinstance(getattr(training, name, None), str),
+                f"--{name} {getattr(training, name, '')} is no JSON object",
+            )
+            for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
         ),
         *((True, f"--report_to {name}: {install(name)}") for name in missing),
     )

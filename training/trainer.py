@@ -185,6 +185,8 @@ class MedusaTrainer(CheckpointingTrainer):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
         except ImportError as error:
             raise BadInput(f"--optim {optim} needs a package that is missing: {error}") from error
+        except ValueError as error:
+            raise BadInput(f"--optim_args {self.args.optim_args} are not name=value,name=value: {error}") from error
         if kwargs.keys() & {"params", "model", "optimizer_dict"}:
             raise BadInput(f"--optim {optim} makes its own parameter groups: choose an AdamW, Adafactor or SGD")
         if self.is_fsdp_enabled and optim == "adafactor":
