@@ -25,7 +25,11 @@ from common.errors import BadInput, first_line
 from model.heads import MedusaHeads
 from model.heads_file import TOKEN_MAP, under
 from model.prefix import PREFIX
+from training.reader import Planner, Reader
 
+# What a missing, cut-off or foreign file raises; the last four are of a pickle that is no list of shards.
+BROKEN_LIST = (AttributeError, KeyError, TypeError, ValueError)
+READ_ERRORS = (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException, *BROKEN_LIST)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: independent of groups and ranks
 
 
@@ -51,7 +55,7 @@ def load_state(directory: Path, model, optimizer, weights: bool):
     """Loads them in place. Raises BadInput if a part is missing, cut off or of another shape."""
     state = _state(model, optimizer, weights)
     with reading(directory):
-        dcp.load(state, checkpoint_id=directory)
+        dcp.load(state, storage_reader=Reader(directory), planner=Planner())
     if weights:
         set_model_state_dict(model, state["model"])
     if optimizer is not None:
@@ -62,7 +66,7 @@ def saved_token_map(directory: Path, size: int) -> torch.Tensor:
     """The tokens `[size]` that the heads guess whose weights are saved there. Called on every process."""
     token_map = torch.empty(size, dtype=torch.int64)
     with reading(directory):
-        dcp.load({"heads": {TOKEN_MAP: token_map}}, checkpoint_id=directory)
+        dcp.load({"heads": {TOKEN_MAP: token_map}}, storage_reader=Reader(directory), planner=Planner())
     return token_map
 
 
@@ -71,7 +75,7 @@ def reading(path: Path):
     """Turns the errors of reading a missing, cut-off or wrong file into BadInput."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
+    except READ_ERRORS as error:
         raise BadInput(
             f"cannot read {path}: {reason(error)}. It is damaged: move this checkpoint away, and "
             "--resume_from_checkpoint True goes on from the one before"
