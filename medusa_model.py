@@ -23,7 +23,7 @@ from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone
 from model.config import MedusaConfig
 from model.heads import HeadLoss, Path, Teacher, Text, projection_loss, until
-from model.heads_file import HEADS_DIR, HEADS_FILE, TOKEN_MAP, find_heads, load_heads, save_heads, under
+from model.heads_file import HEADS_DIR, HEADS_FILE, TOKEN_MAP, base_of, find_heads, load_heads, save_heads, under
 from model.loss import cap, choose_impl
 from model.output import MedusaOutput
 from model.path_heads import HEAD_TYPES, make_heads
@@ -289,8 +289,9 @@ class MedusaModel(PreTrainedModel):
         heads_dir, stage2 = find_heads(directory)
         fields, state_dict = load_heads(heads_dir)
         config = MedusaConfig(**fields)
-        base = str(base_model_name_or_path or stage2 or config.base_model_name_or_path)
-        backbone = backbone or load_backbone(base, dtype=dtype or "auto", **kwargs)
+        if backbone is None:
+            base = str(base_model_name_or_path or stage2 or base_of(config, heads_dir))
+            backbone = load_backbone(base, dtype=dtype or "auto", **kwargs)
         token_map = state_dict.pop(TOKEN_MAP, None)
         if heads_dtype is None:
             heads_dtype = next(iter(state_dict.values())).dtype

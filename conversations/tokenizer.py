@@ -7,11 +7,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from common.errors import ACCESS, BadInput, first_line
 from conversations.thoughts import TAG
 
+NO_CODE = {"trust_remote_code": False}  # said aloud: where nothing is said, transformers asks at the terminal
+
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):
     """A fast tokenizer with a chat template: its own, or that of the file `chat_template`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **NO_CODE | kwargs)
         tokenizer("why", add_special_tokens=False)
     except Exception as error:  # of a damaged file, tokenizers and transformers raise any kind
         raise BadInput(f"cannot load a tokenizer from {name_or_path}: {first_line(error)} {ACCESS}") from error
@@ -35,7 +37,7 @@ def load_stops(name_or_path: str, **kwargs) -> set[int]:
     names any."""
     for kind in (GenerationConfig, AutoConfig):
         try:
-            ends = kind.from_pretrained(name_or_path, **kwargs).eos_token_id
+            ends = kind.from_pretrained(name_or_path, **NO_CODE | kwargs).eos_token_id
         except (OSError, ValueError, AttributeError):
             continue
         if ends is not None:

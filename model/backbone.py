@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 from common.errors import ACCESS, BadInput, first_line
 
+NO_CODE = {"trust_remote_code": False}  # said aloud: where nothing is said, transformers asks at the terminal
+
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence."""
@@ -55,7 +57,7 @@ def _load(auto_class, name_or_path: str, **kwargs):
     if os.path.sep in name_or_path and name_or_path[0] in "./~" and not os.path.isdir(name_or_path):
         raise BadInput(f"there is no model directory {name_or_path}: give an existing one or a Hub id")
     try:
-        return auto_class.from_pretrained(name_or_path, **kwargs)
+        return auto_class.from_pretrained(name_or_path, **NO_CODE | kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"cannot load the backbone {name_or_path}: {first_line(error)} {ACCESS}") from error
 

@@ -23,6 +23,8 @@ No pickle, so loading a heads file cannot run code.
 """
 
 import json
+import logging
+import os
 from pathlib import Path
 
 import torch
@@ -34,6 +36,8 @@ from common.files import write_atomically
 from model.config import MedusaConfig
 from model.path_heads import HEAD_TYPES, make_heads
 from model.prefix import PREFIX
+
+logger = logging.getLogger(__name__)
 
 HEADS_FILE = "medusa_lm_head.safetensors"  # the name the original Medusa and TGI look for
 TOKEN_MAP = "token_map"
@@ -95,6 +99,8 @@ def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise BadInput(f"cannot read {path}: {error}") from error
     heads, layers, kind = (config[f"medusa_{name}"] for name in ("num_heads", "num_layers", "head_type"))
     draft = config.get("medusa_vocab_size")
+    if heads * max(1, layers) > len(state_dict):  # or a config could have heads made without end
+        raise BadInput(f"{path} has {len(state_dict)} tensors, too few for {heads} heads of {layers} ResBlocks")
     with torch.device("meta"):  # names and shapes only
         made = make_heads(MedusaConfig(**config)).state_dict()
     expected = {name: list(tensor.shape) for name, tensor in made.items()}
@@ -119,6 +125,17 @@ def load_heads(directory: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if draft is not None:
         check_token_map(path, state_dict[TOKEN_MAP], config)
     return config, state_dict
+
+
+def base_of(config: MedusaConfig, heads_dir: Path) -> str:
+    """The backbone that a heads directory names. One that may have to be fetched is named first, aloud: whoever wrote
+    config.json chose it. Raises BadInput if none is named."""
+    base = config.base_model_name_or_path
+    if not base:
+        raise BadInput(f"{heads_dir / 'config.json'} names no backbone: give it with --base_model")
+    if not os.path.isdir(base):
+        logger.warning("the heads in %s are of %s, no directory here: it is taken from the Hub", heads_dir, base)
+    return str(base)
 
 
 def load_token_map(directory: Path) -> torch.Tensor | None:

@@ -1,8 +1,11 @@
 """A checkpoint is data: whatever is planted in one, no code of it runs, and the sentence names the file."""
 
+import contextlib
 import io
+import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from common.errors import BadInput
+from conversations.tokenizer import load_stops, load_tokenizer
+from medusa_model import MedusaModel
+from model.backbone import load_backbone
+from model.heads_file import load_heads, save_heads
 from training.state import load_state, save_state
 
 
@@ -116,3 +123,54 @@ def test_a_shard_elsewhere(saved):
     (saved / ".metadata").write_bytes(pickle.dumps(found))
     with pytest.raises(BadInput, match="outside of the checkpoint"):
         read(saved)
+
+
+@pytest.mark.parametrize(
+    ("load", "files"),
+    [
+        (load_backbone, ["config.json"]),
+        (load_tokenizer, ["config.json", "tokenizer_config.json"]),
+        (load_stops, ["config.json"]),
+    ],
+)
+def test_code_of_a_model_runs_only_with_the_flag(load, files, model_dir, tmp_path, monkeypatch):
+    """Where nothing is said, transformers asks at the terminal, and runs it at a y."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asks at the terminal"))
+    path = Path(model_dir)
+    (path / "planted.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})\n")
+    for name in files:
+        classes = {
+            "AutoConfig": "planted.A",
+            "AutoModelForCausalLM": "planted.A",
+            "AutoTokenizer": ["planted.A", None],
+        }
+        fields = json.loads((path / name).read_text()) | {"model_type": "planted", "auto_map": classes}
+        (path / name).write_text(json.dumps(fields))
+    (path / "generation_config.json").unlink(missing_ok=True)
+    with contextlib.suppress(BadInput):
+        load(model_dir)
+    assert not (tmp_path / "ran").exists()
+
+
+def heads(directory, base, **fields):
+    config = {"medusa_num_heads": 1, "medusa_num_layers": 0, "hidden_size": 4, "vocab_size": 6} | fields
+    save_heads({"0.0.weight": torch.ones(6, 4)}, config | {"base_model_name_or_path": base}, directory)
+    return directory
+
+
+def test_a_config_cannot_have_heads_made_without_end(tmp_path):
+    for field in ("medusa_num_heads", "medusa_num_layers"):
+        with pytest.raises(BadInput, match="1 tensors, too few for"):
+            load_heads(heads(tmp_path, "model", **{field: 10**12}))
+
+
+def test_a_backbone_of_the_hub_is_named_before_it_is_fetched(tmp_path, monkeypatch, caplog):
+    def fetch(base, **kwargs):
+        assert "are of someone/model, no directory here" in caplog.text
+        raise BadInput(f"offline: {base}")
+
+    monkeypatch.setattr("medusa_model.load_backbone", fetch)
+    with pytest.raises(BadInput, match="offline: someone/model"):
+        MedusaModel.from_pretrained(heads(tmp_path, "someone/model"))
+    with pytest.raises(BadInput, match="names no backbone"):
+        MedusaModel.from_pretrained(heads(tmp_path, None))
