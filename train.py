@@ -22,6 +22,7 @@ from training import run, vocabulary
 from training.arguments import parse
 from training.build import build_model, check_before_data, choose_head_type
 from training.data import check_steps, check_writable, load_data
+from training.stop import STATUS, StopCallback
 from training.trainer import MedusaTrainer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def main():
     model_args, data_args, training_args = parse(sys.argv[1:])
     model_args.medusa_vocab_size = vocabulary.draft_size(model_args, training_args)
     choose_head_type(model_args)
-    checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, training_args)
+    checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, data_args, training_args)
     check_writable(training_args, shows=bool(data_args.show_data))
     date = run.first_day(checkpoint)
     access = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
@@ -51,7 +52,7 @@ def main():
     if data_args.show_data:
         return preview.show(train_data, chat, data_args.show_data if training_args.process_index == 0 else 0)
     check_steps(training_args, train_data)
-    identity = run.identity(model_args, training_args, checkpoint, date, train_data, eval_data)
+    identity = run.identity(model_args, data_args, training_args, checkpoint, date, train_data, eval_data)
     tokens = vocabulary.choose_tokens(model_args, training_args, checkpoint, train_data, eval_data, chat.stops)
     model = build_model(model_args, data_args, training_args, checkpoint, tokens)
     trainer = MedusaTrainer(
@@ -65,7 +66,11 @@ def main():
         run=identity,
     )
     run.begin(training_args, trainer.where)
+    trainer.add_callback(stop := StopCallback())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        print("stopped by SIGTERM" + ADVICE["if_interrupted"], file=sys.stderr)
+        sys.exit(STATUS)
     trainer.save_model()
     if training_args.do_eval:
         trainer.log_metrics("eval", trainer.evaluate())

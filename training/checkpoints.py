@@ -54,6 +54,8 @@ class CheckpointingTrainer(HookedTrainer):
     """Trains a `MedusaModel` and writes the checkpoints above. `self.run` is what run.json says of the run."""
 
     run: dict
+    window: torch.Tensor  # summed up since the last log
+    saved_window: dict | None = None  # the checkpoint's, until training begins
 
     @property
     def medusa(self) -> MedusaModel:
@@ -95,12 +97,13 @@ class CheckpointingTrainer(HookedTrainer):
                 directory = staging / STATE_DIR
                 save_state(directory, self.model, optimizer, not self.medusa.backbone_frozen)
             self.save_rng_state(staging)
+            window = self.save_window()
             self.accelerator.wait_for_everyone()
-            self._on_rank_0(lambda: self._finish_checkpoint(staging, final))
+            self._on_rank_0(lambda: self._finish_checkpoint(staging, final, window))
 
-    def _finish_checkpoint(self, staging: Path, final: Path):
+    def _finish_checkpoint(self, staging: Path, final: Path, window: dict):
         torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
-        run = self.run | {"save_only_model": self.args.save_only_model}
+        run = self.run | {"save_only_model": self.args.save_only_model, "window": window}
         (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         # As in the Trainer's `_save_checkpoint`, which cannot be called for this part alone.
         by_name = cast(dict, self.state.stateful_callbacks)  # annotated as the list it is made from
@@ -120,6 +123,19 @@ class CheckpointingTrainer(HookedTrainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
+
+    def save_window(self) -> dict:
+        """What is summed up since the last log, over all ranks; called on every process."""
+        loss, step = self._pending_loss()
+        sums = self.accelerator.reduce(self.window).tolist()
+        return {"loss": self.accelerator.reduce(loss, "mean").item(), "since_step": step, "heads": sums}
+
+    def restore_window(self) -> None:
+        found, self.saved_window = self.saved_window, None
+        if found is not None:
+            self._set_pending_loss(found["loss"], found["since_step"])
+            if self.is_world_process_zero():
+                self.window += torch.tensor(found["heads"], dtype=self.window.dtype, device=self.window.device)
 
     @contextlib.contextmanager
     def _writing(self, staging: Path):
@@ -165,6 +181,7 @@ class CheckpointingTrainer(HookedTrainer):
         stage_2, optimizer, schedule = not self.medusa.backbone_frozen, self.optimizer.optimizer, self.lr_scheduler
         asked = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
         load_state(checkpoint / STATE_DIR, self.model, optimizer, stage_2)
+        self.saved_window = (read_run(checkpoint) or {}).get("window")
         with reading(path := checkpoint / "scheduler.pt"):
             saved = torch.load(path, weights_only=True)
             schedule.load_state_dict(saved)

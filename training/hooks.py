@@ -8,6 +8,7 @@ the installed transformers: a release that renames a method fails there, and not
 
 from pathlib import Path
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
@@ -53,6 +54,18 @@ class HookedTrainer(Trainer):
     def save_rng_state(self, directory: Path) -> None:
         self._save_rng_state(str(directory))
 
+    def restore_window(self) -> None:
+        """At the start of each epoch: after a resume, puts back what was summed up since the last log."""
+        raise NotImplementedError
+
+    def _pending_loss(self) -> tuple[torch.Tensor, int]:
+        """The loss summed up on this rank since the last log, and the step of that log."""
+        return self._tr_loss.detach(), self._globalstep_last_logged
+
+    def _set_pending_loss(self, loss: float, step: int) -> None:
+        self._tr_loss.fill_(loss)
+        self._globalstep_last_logged = step
+
     # ---- what the Trainer calls ----
     def _prepare_inputs(self, inputs: dict) -> dict:
         return super()._prepare_inputs(self.model_inputs(inputs))
@@ -73,6 +86,7 @@ class HookedTrainer(Trainer):
             return
         # On several processes, a resumed Trainer gives the epoch's number to a loader that does not pass it on.
         train_dataloader.set_epoch(epoch)
+        self.restore_window()
         super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:

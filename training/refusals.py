@@ -107,6 +107,13 @@ def refuse(model, data, training):
             bool(training.do_eval) and not data.evaluates,
             f"--do_eval asks for evaluation: add --eval_data_path, --eval_split or --eval_holdout{to_whom}",
         ),
+        (
+            training.load_best_model_at_end
+            and training.eval_strategy == training.save_strategy == "steps"
+            and training.eval_steps != training.save_steps,
+            "--load_best_model_at_end needs a checkpoint of each evaluation: give --save_steps and --eval_steps the "
+            "same value",
+        ),
         # ---- steps ----
         *about_steps(model, training),
         # ---- the loss ----

@@ -3,12 +3,15 @@
 import hashlib
 import logging
 import os
+import re
 import shutil
 from datetime import date as Date
 from datetime import datetime, timezone
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from common import provenance
 from common.errors import BadInput
@@ -24,10 +27,18 @@ logger = logging.getLogger(__name__)
 # an epoch goes on in the order it began with, or rows would be drawn twice or never.
 ROW_ORDER = 2
 
+NAME = re.compile(r"checkpoint-\d+")  # checkpoint-4-bad is somebody's own
+
+# Flags that may change when a run is resumed, and hold from there on.
+APPLIED = (
+    *("learning_rate", "medusa_lr_multiplier", "weight_decay", "max_grad_norm", "warmup_steps", "max_steps"),
+    *("num_train_epochs", "medusa_heads_coefficient", "medusa_decay_coefficient", "medusa_scheduler"),
+)
+
 RESULTS = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
 
 
-def describe(model_args, training_args) -> dict:
+def describe(model_args, data_args, training_args) -> dict:
     """What run.json says of a run, except for its data. A run that resumes a checkpoint must have the same."""
     base = model_args.model_name_or_path
     return {
@@ -42,14 +53,35 @@ def describe(model_args, training_args) -> dict:
         "medusa_vocab_size": model_args.medusa_vocab_size,
         "model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "batch": training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size,
+        "seed": training_args.seed,
+        "data_seed": training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        "train_sampling_strategy": str(training_args.train_sampling_strategy),
+        "packing": data_args.packing,
+        "lazy_preprocess": data_args.lazy_preprocess,
+        "optim": OptimizerNames(training_args.optim).value,
+        "lr_scheduler_type": SchedulerType(training_args.lr_scheduler_type).value,
     }
 
 
-def find_checkpoint(model_args, training_args) -> Path | None:
+def tell_changes(found: dict, training_args):
+    """Logs each flag that holds from here on with another value than the checkpoint's run had."""
+    for name, before in found.get("applied", {}).items():
+        if (now := getattr(training_args, name)) != before:
+            logger.info("--%s is %s from here on, and was %s", name, now, before)
+
+
+def check_step(checkpoint: Path):
+    """Raises BadInput if a checkpoint is not named after its step: it was renamed, and its order is not known."""
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if checkpoint.name != f"checkpoint-{step}":
+        raise BadInput(f"{checkpoint} is of step {step}: it was renamed, so call it checkpoint-{step} again")
+
+
+def find_checkpoint(model_args, data_args, training_args) -> Path | None:
     """The checkpoint to resume from, or None for a new run. Raises BadInput if a new run would overwrite an earlier
     one, or if the checkpoint is not complete, not the newest, or of another kind of run."""
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
     checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
     for path in output_dir.glob(f"{INCOMPLETE}*"):
         logger.info("%s was being written when a run ended, and is ignored", path)
@@ -66,7 +98,9 @@ def find_checkpoint(model_args, training_args) -> Path | None:
     else:
         checkpoint = Path(resume)
         check_is_newest(checkpoint, checkpoints, output_dir)
-    check_same_run(checkpoint, read_json(checkpoint / RUN_FILE), describe(model_args, training_args))
+    check_same_run(checkpoint, read_json(checkpoint / RUN_FILE), describe(model_args, data_args, training_args))
+    check_step(checkpoint)
+    tell_changes(read_json(checkpoint / RUN_FILE), training_args)
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 
@@ -88,6 +122,7 @@ def check_is_newest(checkpoint: Path, checkpoints: list[Path], output_dir: Path)
         raise BadInput(f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint")
     if checkpoint.resolve().parent != output_dir.resolve():
         raise BadInput(f"{checkpoint} is another run's: resume with --output_dir {checkpoint.parent}")
+    check_step(checkpoint)
     if checkpoint.name != checkpoints[-1].name:
         raise BadInput(
             f"{output_dir} has {checkpoints[-1].name}, later than {checkpoint.name}: move the later ones away "
@@ -100,7 +135,12 @@ def check_same_run(checkpoint: Path, found: dict, asked: dict):
     # Older checkpoints do not say the first four; the others are only said if there are such.
     older = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_head_type": "medusa", "medusa_prefix_layer": False}
     found = older | {"medusa_vocab_size": None, "medusa_rank": None} | found
+    old = [key for key in ("batch", "data", "save_only_model", "model_name_or_path") if key not in found]
+    if old:
+        raise BadInput(f"{checkpoint / RUN_FILE} does not say {old[0]}: it is of another version, or was edited")
     for key, value in asked.items():
+        if key not in found:  # a checkpoint of a version before this key: `identity` compares the data
+            continue
         if key == "batch" and found[key] != value:
             raise BadInput(
                 f"{checkpoint} was trained with {found[key]} conversations in an optimiser step, not {value}: choose "
@@ -122,7 +162,7 @@ def first_day(checkpoint: Path | None) -> Date:
     return gather_object([Date.fromisoformat(began) if began else Date.today()])[0]
 
 
-def identity(model_args, training_args, checkpoint: Path | None, date: Date, train_data, eval_data) -> dict:
+def identity(model_args, data_args, training_args, checkpoint: Path | None, date: Date, train_data, eval_data) -> dict:
     """run.json of this run. Raises BadInput on every rank if the ranks differ in data or checkpoint, or if the
     checkpoint was trained on other data."""
     data, eval_digest = digest(train_data, ROW_ORDER), digest(eval_data) if eval_data else ""
@@ -134,7 +174,8 @@ def identity(model_args, training_args, checkpoint: Path | None, date: Date, tra
             "another order: resume with that version and the same --data_path, --model_max_length, --packing, "
             "--eval_holdout and chat template, or the same --states_path"
         )
-    said = {key: value for key, value in describe(model_args, training_args).items() if value is not None}
+    said = {key: value for key, value in describe(model_args, data_args, training_args).items() if value is not None}
+    said |= {"applied": {name: getattr(training_args, name) for name in APPLIED}}
     return said | {"data": data, "date": date.isoformat()}
 
 
