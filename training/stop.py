@@ -1,8 +1,9 @@
 """SIGTERM, as schedulers send it before they kill: the run writes a checkpoint and ends.
 
-All ranks end after the same step. The signal may reach one rank only, or each in another step. A rank that gets it in step s proposes to stop after step
-s + 2, in the store through which the ranks met. No rank is more than one step ahead of another, because each waits for
-the gradients of all. So all read the proposal after step s + 1 at the latest, and nobody waits for an answer.
+All ranks end after the same step. The signal may reach one of them only, or each in another step. A rank that gets it
+in step s proposes to stop after step s + 2, in the store through which the ranks met. No rank is more than one step
+ahead of another, because each waits for the gradients of all. So all read the proposal after step s + 1 at the latest,
+and nobody waits for an answer.
 """
 
 import logging

@@ -1,6 +1,7 @@
 """Fifty kills at random moments, and every run ends bit for bit as if it had never been killed. Minutes: by hand, with
-`pytest -m slow tests/training/test_kills.py`; test_resume.py has each moment once."""
+`MEDUSA_KILLS=50 pytest tests/training/test_kills.py`; test_resume.py has each moment once."""
 
+import os
 import random
 import signal
 
@@ -8,7 +9,8 @@ import pytest
 from conftest import weights
 from lab import CASES, STEPS, assert_identical
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+KILLS = int(os.environ.get("MEDUSA_KILLS", 0))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not KILLS, reason="takes minutes: MEDUSA_KILLS=50 runs it")]
 
 MOMENTS = {  # and the highest n of its n-th call
     "training.trainer.MedusaTrainer.training_step": STEPS,
@@ -24,10 +26,10 @@ MOMENTS = {  # and the highest n of its n-th call
 }
 
 
-def test_fifty_kills(lab, kills=50):
+def test_many_kills(lab):
     rng, want, done, runs = random.Random(0), weights(lab.never_stopped("one process", "stage 1").out), 0, 0
     out = None
-    while done < kills:
+    while done < KILLS:
         call = rng.choice(list(MOMENTS))
         at = {"call": call, "nth": rng.randint(1, MOMENTS[call]), "signal": signal.SIGKILL}
         goes_on = out is not None and any(out.glob("checkpoint-*"))

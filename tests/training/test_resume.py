@@ -224,6 +224,16 @@ def test_ctrl_c(lab):
     assert [path.name for path in run.out.glob("*checkpoint-*")] == ["checkpoint-3"]
 
 
+def test_sigterm_of_one_rank_stops_all_after_the_same_step(lab):
+    at = {"call": "training.trainer.MedusaTrainer.training_step", "nth": 2, "signal": signal.SIGTERM}
+    run = lab.launch("FSDP2", STAGE_2, at=at, on=1)
+    assert run.codes == [143, 143], run.logs[0][-2000:]
+    assert all("Traceback" not in log and "stopped by SIGTERM: go on" in log for log in run.logs)
+    assert "checkpoint after step 4" in run.logs[0]  # noticed after step 2
+    lab.run("FSDP2", STAGE_2 | {"--resume_from_checkpoint": True}, out=run.out)
+    assert_identical(weights(run.out), weights(lab.never_stopped("FSDP2", "stage 2").out))
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_checkpoint_that_cannot_be_resumed(stage, train):
     common = ("--medusa_only_heads", stage == 1, "--max_steps", 2, "--save_steps", 1)
