@@ -1,6 +1,7 @@
 """Errors meant for the person at the terminal: one sentence on what is wrong, where, and what to do."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -53,6 +54,10 @@ def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_n
     except KeyboardInterrupt:
         print("interrupted" + if_interrupted, file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells count
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: {first_line(error)}: free some space, or choose a directory elsewhere, and start again")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's. By its name, because not every script imports torch
             raise

@@ -92,6 +92,13 @@ def test_a_planted_list(payload, saved, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_planted_list_is_as_hostile_as_it_means_to_be(saved, tmp_path):
+    (saved / ".metadata").write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    with pytest.raises(Exception, match="NoneType"):  # torch's own reader: what os.mkdir returns is no list
+        dcp.load(whole(*trained()), checkpoint_id=saved)
+    assert (tmp_path / "ran").exists()
+
+
 def planted_value(saved, payload: bytes, name="optimizer.param_groups.weight.lr"):
     """Puts `payload` where the value `name` is: behind the end of the shard, and its place into the list."""
     path = saved / ".metadata"
