@@ -36,6 +36,7 @@ def refuse(model, data, training):
     stage_1, heads = training.medusa_only_heads, model.medusa_num_heads
     recomputed = training.gradient_checkpointing_layers
     recomputes = training.gradient_checkpointing and not stage_1  # a frozen backbone keeps nothing to recompute
+    without = "and --medusa_return False has none"
     to_whom = "" if data.states_path is None else " where the states are stored (store_states.py)"
     refusals = (
         # ---- the model ----
@@ -52,11 +53,11 @@ def refuse(model, data, training):
         ),
         (
             model.medusa_head_type not in (None, "medusa") and not model.medusa_return,
-            f"--medusa_head_type {model.medusa_head_type} is of heads, and --medusa_return False has none",
+            f"--medusa_head_type {model.medusa_head_type} is of heads, {without}",
         ),
-        (
-            bool(model.medusa_prefix_layer) and not model.medusa_return,
-            "--medusa_prefix_layer is of heads, and --medusa_return False has none",
+        *(
+            (not model.medusa_return and bool(getattr(model, name)), f"--{name} is of heads, {without}")
+            for name in ("medusa_prefix_layer", "medusa_vocab_size")
         ),
         (
             not model.medusa_return and stage_1,
@@ -65,10 +66,6 @@ def refuse(model, data, training):
         (
             not model.medusa_return and model.medusa_heads_path is not None,
             "--medusa_heads_path goes with heads, not with --medusa_return False",
-        ),
-        (
-            model.medusa_vocab_size is not None and not model.medusa_return,
-            "--medusa_vocab_size is of heads, and --medusa_return False has none",
         ),
         (
             model.medusa_vocab_size is not None and model.medusa_vocab_size < 1,
