@@ -207,12 +207,13 @@ class MedusaModel(PreTrainedModel):
         hidden, text = MedusaModel.read(self, input_ids, attention_mask, position_ids, hidden)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
+        if own_logits:
+            ours = cap(self.lm_head(hidden), self.softcap)
+            own = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            return MedusaOutput(logits=torch.stack([ours, own.to(ours)]))
         seen = self.for_heads(hidden, attention_mask=attention_mask, position_ids=position_ids)
         if labels is None:
             lm_logits = cap(self.lm_head(hidden), self.softcap)
-            if own_logits:
-                own = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-                return MedusaOutput(logits=torch.stack([lm_logits, own.to(lm_logits)]))
             heads = [
                 to_full(head(seen, softcap=self.softcap, text=until(text, k)), self.token_map, lm_logits)
                 for k, head in enumerate(self.medusa_heads, 1)
@@ -293,8 +294,7 @@ class MedusaModel(PreTrainedModel):
             base = str(base_model_name_or_path or stage2 or base_of(config, heads_dir))
             backbone = load_backbone(base, dtype=dtype or "auto", **kwargs)
         token_map = state_dict.pop(TOKEN_MAP, None)
-        if heads_dtype is None:
-            heads_dtype = next(iter(state_dict.values())).dtype
+        heads_dtype = heads_dtype or next(iter(state_dict.values())).dtype
         model = cls.from_backbone(backbone, config, dtype=heads_dtype, token_map=token_map)
         model.load_heads(state_dict, heads_dir / HEADS_FILE)
         return model.eval()

@@ -11,6 +11,7 @@ ACCESS = (
     "If it is a gated model, accept its licence on its Hub page and run `hf auth login`; or give the path of a local "
     "copy."
 )
+NO_CODE = {"trust_remote_code": False}  # said aloud: where nothing is said, transformers asks at the terminal
 
 
 class BadInput(ValueError):
@@ -57,7 +58,7 @@ def run(main, if_interrupted="", if_out_of_memory="Lower --batch_size or --max_n
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(f"error: {first_line(error)}: free some space, or choose a directory elsewhere, and start again")
+        end(f"{first_line(error)}: free some space, or choose a directory elsewhere, and start again")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's. By its name, because not every script imports torch
             raise

@@ -4,10 +4,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from common.errors import ACCESS, BadInput, first_line
+from common.errors import ACCESS, NO_CODE, BadInput, first_line
 from conversations.thoughts import TAG
-
-NO_CODE = {"trust_remote_code": False}  # said aloud: where nothing is said, transformers asks at the terminal
 
 
 def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):

@@ -30,7 +30,7 @@ from decoding.kernels import can_run
 from decoding.prefixed import Prefixed
 from decoding.products import AllHeads, Products, sharing
 from decoding.sampling import GREEDY, Sampling, choose
-from decoding.tree import Choices, Layout, check, filled_up, layout, ranks
+from decoding.tree import Choices, Layout, check, filled_up, for_rows, layout, ranks
 from medusa_model import MedusaModel
 from model.backbone import context_length, rope_follows_length
 from model.heads import ResBlock
@@ -77,9 +77,7 @@ class Decoder:
             check_can_agree(tree, self.kernels, sampling.temperature == 0, rope_moves, self.growing is not None)
             tree = filled_up(tree, PASS_ROWS)
         self.nodes, self.most = len(tree.depth), tree.path.shape[1]  # rows of a pass; tokens it can yield
-        tree = Layout(*(tensor.to(device) for tensor in tree))
-        one_for_all = Layout(*(tensor.expand(batch_size, *tensor.shape) for tensor in tree))
-        self.tree = self.growing.room(batch_size) if self.growing else one_for_all
+        self.tree = self.growing.room(batch_size) if self.growing else for_rows(tree, batch_size, device)
         self.max_length, self.context = max_length, context_length(model.backbone)
         if max_length > self.context:
             raise BadInput(
@@ -94,7 +92,7 @@ class Decoder:
         self.blocks: list[ResBlock] = []
         self.all_heads: AllHeads | None = None
         depends = not self.growing and any(head.reads_path for head in heads)
-        self.by_level = LevelByLevel(model, heads, tree) if depends else None
+        self.by_level = LevelByLevel(model, heads, Layout(*(part[0] for part in self.tree))) if depends else None
         if device.type == "cuda":
             model.use_liger_in_backbone()
             self.products = sharing(model.backbone)

@@ -9,7 +9,7 @@ the next pass overwrites it before anything reads it.
 import torch
 
 from decoding.attention import TreeCache, tree_view
-from decoding.tree import Layout, chain, layout
+from decoding.tree import chain, for_rows, layout
 from medusa_model import MedusaModel
 from model.prefix import run_prefix
 
@@ -21,8 +21,7 @@ class Prefixed:
         assert model.prefix is not None
         self.layer, self.places, self.kernels = model.prefix, places, kernels
         self.cache = TreeCache(1, len(places), kernels)
-        tree = layout(chain(most - 1))
-        self.chain = Layout(*(part.to(places.device).expand(batch_size, *part.shape) for part in tree))
+        self.chain = for_rows(layout(chain(most - 1)), batch_size, places.device)
 
     def prefill(self, hidden: torch.Tensor) -> torch.Tensor:
         """The prompts' hidden states `[B, T, H]`, padded on the right -> `[B, T, H]`."""

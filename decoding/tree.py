@@ -151,6 +151,11 @@ def layout(choices: Choices) -> Layout:
     )
 
 
+def for_rows(tree: Layout, batch_size: int, device: torch.device) -> Layout:
+    """The same tree for each row of a batch, on a device: `[B, ...]`, of one memory."""
+    return Layout(*(part.to(device).expand(batch_size, *part.shape) for part in tree))
+
+
 def filled_up(tree: Layout, nodes: int) -> Layout:
     """The tree with rows of no meaning behind it, up to `nodes`: each is alone, at the root's depth."""
     alone = torch.arange(len(tree.depth), nodes, device=tree.depth.device)

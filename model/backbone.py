@@ -12,9 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from common.errors import ACCESS, BadInput, first_line
-
-NO_CODE = {"trust_remote_code": False}  # said aloud: where nothing is said, transformers asks at the terminal
+from common.errors import ACCESS, NO_CODE, BadInput, first_line
 
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import random
 import torch
 from conftest import make_backbone, randomise
 
+from decoding.decoder import Decoder
 from medusa_model import MedusaConfig, MedusaModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,6 +64,14 @@ def greedy(backbone, prompt, max_new_tokens, eos=None) -> list[int]:
         eos_token_id=eos, pad_token_id=0,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
+
+
+def assert_lossless(rng, model, size):
+    """Of random prompts, where one of the tokens ends the text. size: makes the tree when they are drawn."""
+    prompts = [rng.choices(range(VOCAB), k=rng.randint(1, 30)) for _ in range(4)]
+    eos = rng.randrange(VOCAB)
+    want = [greedy(model.backbone, prompt, 25, eos) for prompt in prompts]
+    assert decode(Decoder(model, size(), 4, 60), prompts, 25, {eos})[0] == want
 
 
 def decode(decoder, prompts, max_new_tokens, eos=frozenset()):

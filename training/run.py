@@ -95,12 +95,13 @@ def find_checkpoint(model_args, data_args, training_args) -> Path | None:
         return None
     if str(resume).lower() == "true":
         checkpoint = newest(checkpoints, output_dir)
+        check_step(checkpoint)
     else:
         checkpoint = Path(resume)
         check_is_newest(checkpoint, checkpoints, output_dir)
-    check_same_run(checkpoint, read_json(checkpoint / RUN_FILE), describe(model_args, data_args, training_args))
-    check_step(checkpoint)
-    tell_changes(read_json(checkpoint / RUN_FILE), training_args)
+    found = read_json(checkpoint / RUN_FILE)
+    check_same_run(checkpoint, found, describe(model_args, data_args, training_args))
+    tell_changes(found, training_args)
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 

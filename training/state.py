@@ -90,6 +90,12 @@ def reason(error: BaseException) -> str:
     return first_line(error)
 
 
+def trained_parts(medusa) -> dict[str, torch.nn.Module]:
+    """What trains beside a frozen backbone, one part after the other; the key begins the names of its tensors."""
+    parts = {f"medusa_heads.{k}.": head for k, head in enumerate(medusa.medusa_heads)}
+    return parts | ({} if medusa.prefix is None else {PREFIX: medusa.prefix})
+
+
 def whole_weights(model, medusa, device: torch.device) -> dict[str, Any]:
     """Whole tensors by name on the CPU of rank 0 (none elsewhere), gathered one at a time; called on every process.
 
@@ -100,11 +106,9 @@ def whole_weights(model, medusa, device: torch.device) -> dict[str, Any]:
     whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0)
     if not medusa.backbone_frozen:
         return get_model_state_dict(model, options=whole)
-    parts = {f"medusa_heads.{k}.": head for k, head in enumerate(medusa.medusa_heads)}
-    parts |= {PREFIX: medusa.prefix} if medusa.prefix is not None else {}
     return {
-        prefix + name: tensor
-        for prefix, part in parts.items()
+        begin + name: tensor
+        for begin, part in trained_parts(medusa).items()
         for name, tensor in get_model_state_dict(part, options=whole).items()
     }
 
@@ -115,7 +119,6 @@ def set_head_weights(medusa, state_dict: dict[str, torch.Tensor], several: bool)
     state_dict: named as in the heads file; empty on ranks other than 0. several: there is more than one process.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
-    parts = {f"{k}.": head for k, head in enumerate(medusa.medusa_heads)}
-    parts |= {PREFIX: medusa.prefix} if medusa.prefix is not None else {}
-    for prefix, part in parts.items():
-        set_model_state_dict(part, under(prefix, state_dict), options=options)
+    for begin, part in trained_parts(medusa).items():
+        mine = under(begin.removeprefix("medusa_heads."), state_dict)
+        set_model_state_dict(part, mine, options=options)

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, greedy, make_model
+from decoders import DEVICE, PROMPTS, VOCAB, assert_lossless, bushy, decode, greedy, make_model
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from common.errors import BadInput
@@ -173,11 +173,12 @@ def test_lossless_on_many_models_and_prompts(kind, seed):
     rng = random.Random(seed)
     tokens = sorted(rng.sample(range(VOCAB), rng.randint(2, 8))) if seed % 2 else None
     model = make_model(rng.randint(1, 5), tokens, kind, tied=seed % 4 == 0)
-    prompts = [rng.choices(range(VOCAB), k=rng.randint(1, 30)) for _ in range(4)]
-    size, eos = Adaptive(1, rng.randint(2, len(tokens or range(VOCAB)))), rng.randrange(VOCAB)
-    size = size._replace(nodes=rng.randint(1, min(40, size.candidates(len(model.medusa_heads)))))
-    want = [greedy(model.backbone, prompt, 25, eos) for prompt in prompts]
-    assert decode(Decoder(model, size, 4, 60), prompts, 25, {eos})[0] == want
+
+    def size() -> Adaptive:
+        one = Adaptive(1, rng.randint(2, len(tokens or range(VOCAB))))
+        return one._replace(nodes=rng.randint(1, min(40, one.candidates(len(model.medusa_heads)))))
+
+    assert_lossless(rng, model, size)
 
 
 @every

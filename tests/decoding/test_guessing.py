@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from decoders import DEVICE, PROMPTS, VOCAB, bushy, decode, greedy, make_model, random_tree
+from decoders import DEVICE, PROMPTS, VOCAB, assert_lossless, bushy, decode, greedy, make_model, random_tree
 
 from decoding import tree as draft_tree
 from decoding.decoder import Decoder
@@ -142,11 +142,8 @@ def test_lossless_on_many_models_and_prompts(kind, seed):
     rng = random.Random(seed)
     tokens = sorted(rng.sample(range(VOCAB), rng.randint(1, 8))) if seed % 2 else None
     model = make_model(rng.randint(1, 5), tokens, kind, tied=seed % 4 == 0)
-    prompts = [rng.choices(range(VOCAB), k=rng.randint(1, 30)) for _ in range(4)]
-    eos = rng.randrange(VOCAB)
-    tree = random_tree(len(model.medusa_heads), rng.randint(1, 30), seed, len(tokens or range(VOCAB)))
-    want = [greedy(model.backbone, prompt, 25, eos) for prompt in prompts]
-    assert decode(Decoder(model, tree, 4, 60), prompts, 25, {eos})[0] == want
+    heads, ranks = len(model.medusa_heads), len(tokens or range(VOCAB))
+    assert_lossless(rng, model, lambda: random_tree(heads, rng.randint(1, 30), seed, ranks))
 
 
 @both
