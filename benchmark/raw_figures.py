@@ -24,8 +24,11 @@ KERNELS, OLD_KERNELS = "pass_kernels_h100.txt", "pass_kernels_before_h100.txt"
 MEMORY, OLD_MEMORY = "memory.csv", "2026-11-23_memory_h100.csv"
 ONE_EPOCH, OWN = "2026-11-23_smollm2_sharegpt_accuracy.json", "smollm2_own_accuracy.json"
 TAUGHT = "2026-11-26_teacher_loss_2_h100.csv"
-SPEC, GROUPS = "2026-11-26_spec_bench_h100.json", "2026-11-26_spec_bench_groups_h100.csv"
-TYPES, TYPES_PASS = "2026-11-26_head_types_h100.json", "2026-11-26_head_types_step_time_h100.csv"
+SPEC, GROUPS = "2026-11-26_spec_bench_h100.json", "2026-11-26_four_head_types_spec_bench_h100.csv"
+TYPES, TYPES_PASS = "2026-11-26_four_head_types_h100.json", "2026-11-26_head_types_step_time_h100.csv"
+SPEC_GROUPS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+# Decoded over Spec-Bench with 32 guesses: heads and tree.
+KINDS = {"medusa": "fixed", "hydra": "fixed", "hydra_prefix": "fixed", "hydra_prefix, grown": "adaptive"}
 READING = "2026-11-26_reading_cpu.csv"
 RUNS = "2026-11-23_smollm2_sharegpt_runs.csv"
 GENTLE, RUINED = "stage2_2.5e-5_accuracy.json", "stage2_5e-4_accuracy.json"
@@ -165,6 +168,16 @@ def taught(kind: str, key: str = "ms") -> float:
     return row(TAUGHT, rows=8192, loss=kind, implementation=name)[key]
 
 
-def of_types(key: str) -> list[float]:
-    """Of hydra and medusa heads, over all groups of Spec-Bench."""
-    return [row(GROUPS, head_type=kind, group="all")[key] for kind in ("hydra", "medusa")]
+def of_types(key: str, group: str = "all") -> list[float]:
+    """Of each of KINDS, over a group of Spec-Bench."""
+    return [row(GROUPS, head_type=k.split(",")[0], tree=tree, group=group)[key] for k, tree in KINDS.items()]
+
+
+def times_of_pass(group: str = "all") -> list[float]:
+    """A pass of each of KINDS over a plain one: tokens per pass over the speed-up."""
+    return [y / x for y, x in zip(of_types("tokens_per_pass", group), of_types("speed_up", group), strict=True)]
+
+
+def of_trees(kind: str, tree: str, key: str = "length") -> dict[int, float]:
+    """nodes -> tokens per pass on held-out prompts."""
+    return {x["nodes"]: x[key] for x in load(TYPES)[kind]["own"]["acceptance"] if x["tree"] == tree}

@@ -2,7 +2,6 @@
 
 from raw_figures import (
     GENTLE,
-    GROUPS,
     KERNELS,
     LENGTHS,
     MEMORY,
@@ -12,6 +11,7 @@ from raw_figures import (
     ONE_EPOCH,
     OWN,
     RUINED,
+    SPEC_GROUPS,
     STEPS,
     TAUGHT,
     TYPES,
@@ -23,12 +23,15 @@ from raw_figures import (
     follows,
     load,
     new_4_grams,
+    of_trees,
+    of_types,
     own_top,
     promised,
     row,
     rows,
     simulated,
     small_pass,
+    times_of_pass,
 )
 
 
@@ -134,14 +137,34 @@ def recipe_table():
 
 
 def groups_table():
-    for group in ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag", "all"):
-        found = (row(GROUPS, head_type=kind, group=group) for kind in ("medusa", "hydra"))
-        yield [group, *(cell for x in found for cell in (f"{x['tokens_per_pass']:.2f}", f"{x['speed_up']:.2f}"))]
+    for group in (*SPEC_GROUPS, "all"):
+        yield [group, *(f"{y:.2f}" for y in of_types("tokens_per_pass", group))]
+
+
+def times_table():
+    yield ["a pass", *(f"{x:.2f}" for x in times_of_pass())]
+    yield ["tokens per second", *(f"{x:.2f}" for x in of_types("speed_up"))]
 
 
 def types_table():
-    for lines in zip(*(load(TYPES)[kind]["own"]["acceptance"][1:] for kind in ("medusa", "hydra")), strict=True):
-        yield [str(lines[0]["nodes"]), *(f"{x[key]:.3f}" for x in lines for key in ("length", "expected"))]
+    columns = [("medusa", "best"), ("markov", "best")]
+    columns += [(kind, tree) for kind in ("hydra", "hydra_prefix") for tree in ("best", "adaptive")]
+    lengths = [of_trees(*column) for column in columns]
+    yield from ([str(nodes), *(f"{found[nodes]:.3f}" for found in lengths)] for nodes in lengths[0])
+
+
+def yields_table():
+    kinds = ("medusa", "markov", "hydra", "hydra_prefix")
+    train = load(TYPES)["train"]
+    yield ["training, seconds", *(f"{train[kind]['seconds']:.0f}" for kind in kinds)]
+    yield ["peak memory", *(f"{train[kind]['peak_allocated_gib'] - 1e-9:.2f}" for kind in kinds)]
+    yield ["top-1", *(dot(*(top[0] for top in load(TYPES)[kind]["own"]["top"][1:])) for kind in kinds)]
+    yield ["tokens per pass, simulated", *(f"{of_trees(kind, 'best')[32]:.2f}" for kind in kinds)]
+    yield ["the same", *(f"{of_trees(kind, 'best')[63]:.2f}" for kind in kinds)]
+    for label, key in (("tokens per pass, decoded", "tokens_per_pass"), ("speed-up", "speed_up")):
+        medusa, *hydra = (f"{x:.2f}" for x in of_types(key)[:3])
+        yield [label, medusa, None, *hydra]
+    yield ["weights", *[None] * 4]  # counted, not measured
 
 
 def types_pass_table():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import check_figures
+import claims
 import pytest
 import raw_figures
 
@@ -17,7 +18,7 @@ def readme(tmp_path, monkeypatch):
     """A README.md with one claim and one table, both of them right."""
     path = tmp_path / "README.md"
     path.write_text("A pass\ntakes **6.14** ms.\n\n| heads | ms |\n| --- | --- |\n| one head | 7.15 |\n" + TWO)
-    ms = check_figures.a_pass
+    ms = claims.a_pass
     claim = ("pass takes {:.2f} ms", lambda: [ms(0)["step_ms"]])
     table = ("heads | ms", lambda: [["one", f"{ms(10, 1)['step_ms']:.2f}"], ["two", f"{ms(16, 2)['step_ms']:.2f}"]])
     monkeypatch.setattr(check_figures, "TEXTS", tmp_path)
