@@ -43,7 +43,7 @@ from decoding.decoder import Decoder
 from decoding.judge import check_pass
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens, stop_tokens
-from model.heads_file import find_heads
+from model.heads_file import find_heads, tokenizer_of
 from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def main():
     args = parse_arguments()
     directory, stage2 = find_heads(args.heads)
     kwargs = parse_kwargs(args.chat_template_kwargs)
-    tokenizer = load_tokenizer(str(stage2 or directory), args.chat_template)
+    tokenizer = load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template)
     output = args.output_json or Path(args.heads) / "accuracy.json"
     check_can_write(output.parent, "--output_json")
     summary, split = Summary(" ".join(args.data_path)), args.eval_split or args.train_split

@@ -44,7 +44,7 @@ from decoding.tree import (
 )
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
-from model.heads_file import find_heads
+from model.heads_file import find_heads, tokenizer_of
 from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def main():
     questions = [question(text) for text in args.prompt]
     if args.prompts:
         questions += read_prompts(args.prompts, config=args.dataset_config, split=args.train_split)
-    tokenizer = load_tokenizer(str(stage2 or directory), args.chat_template)
+    tokenizer = load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template)
     chat = ChatTemplate(tokenizer, kwargs=kwargs)
     prompts = tokenise([with_system(asked, args.system) for asked in questions[: args.limit]], chat)
     model = load_model(args)

