@@ -8,8 +8,9 @@ from common.errors import ACCESS, NO_CODE, BadInput, first_line
 from conversations.thoughts import TAG
 
 
-def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs):
-    """A fast tokenizer with a chat template: its own, or that of the file `chat_template`."""
+def load_tokenizer(name_or_path: str, chat_template: str | None = None, needs_template=True, **kwargs):
+    """A fast tokenizer with a chat template: its own, or that of the file `chat_template`. needs_template=False takes
+    any tokenizer, which is only copied."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **NO_CODE | kwargs)
         tokenizer("why", add_special_tokens=False)
@@ -20,6 +21,8 @@ def load_tokenizer(name_or_path: str, chat_template: str | None = None, **kwargs
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"cannot read --chat_template {chat_template}: {first_line(error)}") from error
+    if not needs_template:
+        return tokenizer
     if tokenizer.chat_template is None:
         raise BadInput(
             f"the tokenizer of {name_or_path} has no chat template, so nobody can tell the assistant's tokens: give "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -68,6 +69,14 @@ def saved_token_map(directory: Path, size: int) -> torch.Tensor:
     with reading(directory):
         dcp.load({"heads": {TOKEN_MAP: token_map}}, storage_reader=Reader(directory), planner=Planner())
     return token_map
+
+
+def saved_dtype(directory: Path) -> torch.dtype:
+    """Of the weights that are saved there."""
+    with reading(directory):
+        saved = Reader(directory).read_metadata().state_dict_metadata
+        weights = (value for name, value in saved.items() if name.startswith("model."))
+        return next(value.properties.dtype for value in weights if isinstance(value, TensorStorageMetadata))
 
 
 @contextlib.contextmanager
