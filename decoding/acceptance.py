@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import TypeVar
 
-from decoding.tree import Choices, best_tree, chain, expected_length, independent
+from decoding.tree import Choices, best_tree, chain, independent
 
 TOP = 10  # ranks 0..TOP-1 are counted separately; TOP stands for all others
 NO_TOKEN = -1  # instead of a rank: the text ends before that head's token
@@ -47,14 +47,14 @@ def acceptance_length(choices: Choices, texts: list[list[RankPath]]) -> float:
     return sum(map(len, texts)) / max(1, len(roots))
 
 
-def acceptance(top: list[list[float]], texts: list[list[RankPath]]) -> list[dict]:
+def acceptance(top: list[list[float]], texts: list[list[RankPath]], chosen_on: list[list[RankPath]]) -> list[dict]:
     """-> [{"tree", "nodes", "length", "expected"}, ...] for the chain and the best trees of 4 to 63 nodes. `top`
-    `[K+1][TOP]` are the accuracies that the trees are built from. length: counted on the texts; expected: promised by
-    `top`. If fewer paths than nodes have a chance above 0, the largest tree holds them all."""
+    `[K+1][TOP]` are the accuracies that the trees are built from. length: counted on the texts; expected: on those
+    that `top` is of. If fewer paths than nodes have a chance above 0, the largest tree holds them all."""
     chance, num_heads = independent(top), len(top) - 1
     best = {len(tree): tree for tree in (best_tree(chance, num_heads, TOP, nodes) for nodes in NODES)}
     rows = []
     for name, tree in [("chain", chain(num_heads)), *(("best", tree) for tree in best.values())]:
-        length, expected = acceptance_length(tree, texts), expected_length(tree, chance)
+        length, expected = acceptance_length(tree, texts), acceptance_length(tree, chosen_on)
         rows.append({"tree": name, "nodes": len(tree), "length": length, "expected": expected})
     return rows

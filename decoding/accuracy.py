@@ -142,9 +142,8 @@ def own_ranks(model: MedusaModel, prompts, answers, collate: Collator, batch_siz
 
 @torch.inference_mode()
 def own_trees(model: MedusaModel, prompts, answers, size: Adaptive, collate: Collator, batch_size: int) -> list[dict]:
-    """Rows of `acceptance` for trees of up to so many nodes that each pass grows, on these answers. expected: what the
-    heads themselves promise, in the mean over the passes. Raises BadInput for a beam of more tokens than heads guess.
-    """
+    """-> {"tree", "nodes", "length"} of `acceptance` for trees of up to so many nodes that each pass grows, on these
+    answers. Raises BadInput for a beam of more tokens than heads guess."""
     most = size.candidates(len(model.medusa_heads))
     sizes = sorted({min(nodes, most) for nodes in NODES if nodes <= size.nodes})
     growing, texts = Growing(model, size._replace(nodes=sizes[-1])), []
@@ -154,13 +153,11 @@ def own_trees(model: MedusaModel, prompts, answers, size: Adaptive, collate: Col
         for states, text in zip(model.for_heads(hidden), ahead, strict=True):
             passes = (text[:, :2] != IGNORE).all(1)  # a pass starts at every token but the last
             parts = zip(states[passes].split(chunk), text[passes].split(chunk), strict=True)
-            texts += [torch.cat([torch.stack(growing.along(*part), 2)[:, sizes].cpu() for part in parts])]
+            texts += [torch.cat([growing.along(*part)[:, sizes].cpu() for part in parts])]
     rows = []
     for i, nodes in enumerate(sizes):
-        roots = starts([text[:, i].tolist() for text in texts], lambda place: int(place[0]))
-        count = max(1, len(roots))
-        length, expected = sum(map(len, texts)) / count, sum(place[1] for place in roots) / count
-        rows.append({"tree": "adaptive", "nodes": nodes, "length": length, "expected": expected})
+        roots = starts([text[:, i].tolist() for text in texts], int)
+        rows.append({"tree": "adaptive", "nodes": nodes, "length": sum(map(len, texts)) / max(1, len(roots))})
     return rows
 
 
@@ -182,9 +179,10 @@ def own_text(
             size = Adaptive(max(NODES), beam, temperature)
             return own_trees(model, prompts[part], texts[part], size, collate, batch_size)
 
-        lengths = {t: sum(row["length"] for row in grown(slice(half or None), t)) for t in TEMPERATURES}
-        temperature = max(lengths, key=lambda t: lengths[t])
-        result["acceptance"] += grown(slice(half, None), temperature)
+        tried = {t: grown(slice(half or None), t) for t in TEMPERATURES}
+        temperature = max(tried, key=lambda t: sum(row["length"] for row in tried[t]))
+        for row, chosen in zip(grown(slice(half, None), temperature), tried[temperature], strict=True):
+            result["acceptance"].append(row | {"expected": chosen["length"]})
         result["temperature"] = temperature
     return {"conversations": len(prompts), "max_new_tokens": max_new_tokens} | result
 
@@ -194,5 +192,6 @@ def figures(tables: list[torch.Tensor]) -> dict:
     half = len(tables) // 2
     counts = count(torch.cat(tables))
     choose = count(torch.cat(tables[: half or None]))  # a single prompt serves as both halves
-    texts = [[right_path(row) for row in table[:-1, 1:].tolist()] for table in tables[half:]]
-    return {"rows": counts.sum(1).tolist(), "top": shares(counts), "acceptance": acceptance(shares(choose), texts)}
+    texts = [[right_path(row) for row in table[:-1, 1:].tolist()] for table in tables]
+    trees = acceptance(shares(choose), texts[half:], texts[: half or None])
+    return {"rows": counts.sum(1).tolist(), "top": shares(counts), "acceptance": trees}

@@ -76,14 +76,14 @@ class Growing:
             first = following
         return steps.lay(found, beam, tokens, tree)
 
-    def along(self, hidden: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def along(self, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """What passes of greedy decoding would yield at R places of a text that is there already, without running
         them. hidden `[R, H]`; text int64 `[R, D+1]`: the root and the D tokens behind it, negative where it has ended.
-        -> `[R, n]`, for trees of 0 to N nodes: how many guesses are accepted, and how many tokens the heads promise.
+        -> `[R, N+1]`, for trees of 0 to N nodes: how many guesses are accepted.
         """
         tree = self.room(len(text))
         tokens = text[:, :1].repeat(1, self.size.nodes + 1)
-        share = self(hidden, tokens, tree)
+        self(hidden, tokens, tree)
         right = tokens == text.gather(1, tree.depth)
         accepted = ~(~right[:, None] & tree.ancestors).any(2)
-        return torch.where(accepted, tree.depth, 0).cummax(1).values, share.exp().cumsum(1)
+        return torch.where(accepted, tree.depth, 0).cummax(1).values

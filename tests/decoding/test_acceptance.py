@@ -10,7 +10,7 @@ from conftest import make_backbone, randomise
 from conversations.batches import Collator
 from decoding.acceptance import NO_TOKEN, TOP, acceptance, acceptance_length, right_path
 from decoding.accuracy import own_ranks
-from decoding.tree import best_tree, chain, expected_length, independent
+from decoding.tree import best_tree, chain, independent
 from medusa_model import MedusaConfig, MedusaModel
 
 HEADS = 3
@@ -116,18 +116,18 @@ def test_of_no_text_there_is_no_length():
 def test_trees_are_chosen_by_accuracies_and_measured_on_texts():
     texts = make_texts()
     top = [[1.0] * TOP, *([0.3 + 0.05 * k + 0.05 * rank for rank in range(TOP)] for k in range(HEADS))]
-    found, chance = acceptance(top, texts), independent(top)
+    found, chance = acceptance(top, texts[1:], texts[:1]), independent(top)
     sizes = [("chain", HEADS), *(("best", nodes) for nodes in (4, 8, 16, 32, 63))]
     assert [(row["tree"], row["nodes"]) for row in found] == sizes
     for row, (name, nodes) in zip(found, sizes, strict=True):
         tree = chain(HEADS) if name == "chain" else best_tree(chance, HEADS, TOP, nodes)
-        assert row["length"] == acceptance_length(tree, texts) > 1
-        assert row["expected"] == expected_length(tree, chance) != row["length"]
+        assert row["length"] == acceptance_length(tree, texts[1:]) > 1
+        assert row["expected"] == acceptance_length(tree, texts[:1]) != row["length"]
 
 
 def test_trees_end_where_no_more_paths_have_a_chance():
-    found = acceptance([[1.0] * TOP, [0.6] * TOP, [0.4] * TOP], [[(0,), (0,)]])
+    found = acceptance([[1.0] * TOP, [0.6] * TOP, [0.4] * TOP], [[(0,), (0,)]], [])
     assert [(row["tree"], row["nodes"]) for row in found] == [("chain", 2), ("best", 2)]
     flat = [0.0, 0.2] + [0.5] * (TOP - 2)  # two ranks a head
-    found = acceptance([flat, flat, flat], [[(0,), (0,)]])
+    found = acceptance([flat, flat, flat], [[(0,), (0,)]], [])
     assert [row["nodes"] for row in found if row["tree"] == "best"] == [4, 6]

@@ -157,9 +157,9 @@ def test_own_text_chooses_trees_on_one_half_and_measures_on_the_other(answered, 
     assert result["conversations"] == 11 and result["max_new_tokens"] == 99
     assert result["rows"] == [sum(row[k] != NO_TOKEN for table in tables for row in table) for k in range(HEADS + 1)]
     assert result["top"] == [pytest.approx(row) for row in shares(tables)]
-    want = acceptance(shares(tables[:5]), texts[5:])
-    assert result["acceptance"] == want != acceptance(shares(tables[5:]), texts[:5])
-    assert want != acceptance(shares(tables), texts) and want[-1]["length"] > 1
+    want = acceptance(shares(tables[:5]), texts[5:], texts[:5])
+    assert result["acceptance"] == want != acceptance(shares(tables[5:]), texts[:5], texts[5:])
+    assert want != acceptance(shares(tables), texts, texts) and want[-1]["length"] > 1
 
 
 def test_trees_that_are_grown_are_measured_on_the_same_half(answered, monkeypatch):
@@ -175,14 +175,15 @@ def test_trees_that_are_grown_are_measured_on_the_same_half(answered, monkeypatc
     assert lengths[accuracy.TEMPERATURES.index(result["temperature"])] == pytest.approx(max(lengths), abs=1e-9)
     want = on(slice(5, None), result["temperature"])
     assert grown[: len(fixed)] == fixed and len(grown) == len(fixed) + len(want)
-    for row, wanted in zip(grown[len(fixed) :], want, strict=True):
-        assert row.pop("tree") == wanted.pop("tree") == "adaptive" and row == pytest.approx(wanted, rel=1e-5)
+    for row, wanted, chosen in zip(grown[len(fixed) :], want, on(slice(5), result["temperature"]), strict=True):
+        assert row.pop("tree") == wanted.pop("tree") == "adaptive"
+        assert row == pytest.approx(wanted | {"expected": chosen["length"]}, rel=1e-5)
     assert want[-1]["length"] > 1
 
 
 def test_a_single_conversation_has_to_do_for_both(answered, monkeypatch):
     result, tables, texts = own(answered, monkeypatch, count=1)
-    assert result["acceptance"] == acceptance(shares(tables), texts)
+    assert result["acceptance"] == acceptance(shares(tables), texts, texts)
     assert result["acceptance"][-1]["length"] > 1
 
 

@@ -214,9 +214,8 @@ def test_a_walk_along_answers_yields_what_decoding_does(kind):
         rows = rows or own_trees(model, PROMPTS, answers, Adaptive(63, 5, 1.5), Collator(pad_token_id=0), 3)
         (row,) = (row for row in rows if row["nodes"] == nodes)
         assert row["tree"] == "adaptive" and row["length"] == pytest.approx(4 * 24 / sum(passes))
-        assert 1 < row["expected"] <= 4
     assert [row["nodes"] for row in rows] == [4, 8, 16, 32, 55]  # 5 + 25 + 25 candidates, no 63
-    assert rows[-1]["length"] > 1.2 and rows[-1]["expected"] > rows[0]["expected"]
+    assert rows[-1]["length"] > 1.2
 
 
 def test_trees_that_cannot_be():
