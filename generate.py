@@ -25,31 +25,20 @@ from conversations.options import add_options, parse_kwargs
 from conversations.prompts import question, read_prompts, tokenise, with_system
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
-from decoding.acceptance import NODES
 from decoding.answers import Decoded, decode
+from decoding.choosing import add_tree_options, check_tree_options, choose_tree
 from decoding.comparison import by_group, compare
 from decoding.decoder import Decoder, check_room
 from decoding.growing import Adaptive
 from decoding.judge import check_pass
 from decoding.sampling import Sampling
-from decoding.tree import (
-    Choices,
-    best_tree,
-    chain,
-    fastest,
-    load_chance,
-    measured_lengths,
-    measured_temperature,
-    read_choices,
-)
+from decoding.tree import Choices
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
 from model.heads_file import find_heads, tokenizer_of
 from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
-
-SIZES = (0, *NODES)  # of trees to choose from
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,18 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, help="ask only the first so many")
     add("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
     add("--batch_size", type=int, default=1, help="prompts decoded at once")
-    tree = parser.add_mutually_exclusive_group()
-    tree.add_argument(
-        "--nodes", type=int, help="guesses in the tree; 0: plain decoding (default: the fastest, measured)"
-    )
-    tree.add_argument("--tree", help="a tree of your own: a JSON list of rank paths (medusa_choices)")
-    add(
-        "--adaptive",
-        type=int,
-        metavar="W",
-        help="each pass grows a tree of --nodes guesses, by what the heads say there: W parents a level, with W "
-        "children each, such as 8",
-    )
+    add_tree_options(parser)
     add("--temperature", type=float, default=0.0, help="0 is greedy: the most likely token; above, tokens are drawn")
     add(
         "--acceptance", choices=("exact", "typical"), default="exact", help="typical: more guesses pass (see the docs)"
@@ -87,11 +65,6 @@ def parse_arguments() -> argparse.Namespace:
         help="decode plainly too, by the same code, and show both side by side; prompts with a field `group` also get "
         "a table by group",
     )
-    add(
-        "--agree",
-        action="store_true",
-        help="on a GPU: the same text with every tree and without, in bf16 too, for some time (see the docs)",
-    )
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write answers and figures there")
@@ -99,12 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     add_options(parser)
     args = parser.parse_args()
     counts = [args.max_new_tokens, args.batch_size] + [args.limit] * (args.limit is not None)
-    if min(counts) < 1 or (args.nodes or 0) < 0 or args.temperature < 0:
-        raise BadInput(
-            "--max_new_tokens, --batch_size and --limit must be 1 or more, --nodes and --temperature 0 or more"
-        )
-    if args.adaptive is not None and not args.nodes:
-        raise BadInput("--adaptive needs the number of guesses: --nodes 32, for example")
+    if min(counts) < 1 or args.temperature < 0:
+        raise BadInput("--max_new_tokens, --batch_size and --limit must be 1 or more, --temperature 0 or more")
+    check_tree_options(args)
     if args.acceptance == "typical" and (args.temperature == 0 or not 0 < args.delta < 1 or not args.epsilon > 0):
         raise BadInput(
             "--acceptance typical needs a --temperature, an --epsilon above 0 and a --delta between 0 and 1"
@@ -126,38 +96,6 @@ def load_model(args) -> MedusaModel:
     return model
 
 
-def choose_tree(args, model: MedusaModel, prompt: list[int], max_length: int) -> Choices | Adaptive:
-    """The tree that the flags ask for: one that each pass grows, a file's, the best with --nodes, or the fastest of
-    SIZES, measured here."""
-    heads = len(model.medusa_heads)
-    if args.tree:
-        return read_choices(args.tree, heads)
-    figures = Path(args.heads) / "accuracy.json"
-    if args.adaptive is not None:
-        return Adaptive(args.nodes, args.adaptive, measured_temperature(figures) if figures.is_file() else 1.0)
-    if not figures.is_file():
-        logger.warning(
-            "%s is not there, so how often the heads are right is not known: a chain of %d guesses instead of a tree "
-            "(run evaluate.py first)",
-            *(figures, heads),
-        )
-        return chain(heads)[: args.nodes]
-    chance, measured_heads, ranks = load_chance(figures)
-    if measured_heads != heads:
-        raise BadInput(f"{figures} is of {measured_heads} heads, but there are {heads}: run evaluate.py again")
-    if args.nodes is not None:
-        return best_tree(chance, heads, ranks, args.nodes)
-    step_ms = {}
-    for nodes in SIZES:
-        tree = best_tree(chance, heads, ranks, nodes)
-        decoder = Decoder(model, tree, args.batch_size, max_length, agree=args.agree)
-        step_ms[nodes] = decoder.step_ms(prompt, passes=20 if decoder.device.type == "cuda" else 3)
-    nodes, choices, table = fastest(chance, heads, ranks, step_ms, measured_lengths(figures))
-    logger.info("one pass takes, on this machine, and is expected to yield:\n%s", markdown(table))
-    logger.info("chosen: %s", f"a tree of {nodes} nodes" if nodes else "no tree: the heads do not pay here")
-    return choices
-
-
 def stream(tokenizer):
     """-> a function for `decode` that prints answers word by word."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -171,7 +109,7 @@ def decode_all(
     context = context_length(model.backbone)
     check_room(prompts, context)
     max_length = min(context, max(map(len, prompts)) + args.max_new_tokens)
-    choices, eos = choose_tree(args, model, prompts[0], max_length), end_tokens(model.backbone)
+    choices, eos = choose_tree(args, model, prompts[0], max_length, args.batch_size), end_tokens(model.backbone)
     sampling = Sampling(args.temperature, args.acceptance == "typical", args.epsilon, args.delta)
     # The answers of a batch would mix on the terminal, and printing would distort --compare.
     show = stream(tokenizer) if args.batch_size == 1 and not args.compare else None

@@ -14,6 +14,7 @@ import generate
 from common.errors import BadInput
 from conversations.prompts import question, tokenise
 from conversations.template import ChatTemplate
+from decoding import choosing
 from medusa_model import MedusaConfig, MedusaModel
 from model.heads_file import HEADS_FILE
 from model.path_heads import HEAD_TYPES
@@ -161,9 +162,10 @@ def test_agree_is_for_all_decoders(stage1, monkeypatch):
         return make(*args, **kwargs)
 
     monkeypatch.setattr(generate, "Decoder", spy)
+    monkeypatch.setattr(choosing, "Decoder", spy)
     monkeypatch.setattr(make, "step_ms", lambda *args, **kwargs: 10)
     run(monkeypatch, stage1, "--prompt", PROMPTS[0], "--max_new_tokens", 2, "--agree", "--compare")
-    assert agreed == [True] * (len(generate.SIZES) + 2)
+    assert agreed == [True] * (len(choosing.SIZES) + 2)
 
 
 def test_sampling_follows_the_seed(stage1, monkeypatch):
