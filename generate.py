@@ -32,6 +32,7 @@ from decoding.decoder import Decoder, check_room
 from decoding.growing import Adaptive
 from decoding.judge import check_pass
 from decoding.sampling import Sampling
+from decoding.spec_bench import read_questions, table
 from decoding.tree import Choices
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
@@ -48,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
     add("--prompt", action="append", default=[], help="what to ask; may be given several times")
     add("--prompts", help="a .txt file, one prompt a line; or conversations, asked up to their first answer")
+    add("--spec_bench", metavar="FILE", help="Spec-Bench's question.jsonl: --compare, with its table by task")
     add("--limit", type=int, help="ask only the first so many")
     add("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
     add("--batch_size", type=int, default=1, help="prompts decoded at once")
@@ -81,8 +83,11 @@ def parse_arguments() -> argparse.Namespace:
         )
     if args.agree and args.temperature > 0:
         raise BadInput("--agree needs --temperature 0: how many random numbers are drawn depends on the tree")
-    if not args.prompt and not args.prompts:
+    if not args.prompt and not args.prompts and not args.spec_bench:
         raise BadInput("nothing to decode: give --prompt TEXT or --prompts FILE")
+    if args.spec_bench and (args.prompt or args.prompts or args.batch_size > 1):
+        raise BadInput("--spec_bench asks its own questions, one at a time: leave out --prompt(s) and --batch_size")
+    args.compare |= bool(args.spec_bench)
     return args
 
 
@@ -135,6 +140,8 @@ def main():
     questions = [question(text) for text in args.prompt]
     if args.prompts:
         questions += read_prompts(args.prompts, config=args.dataset_config, split=args.train_split)
+    if args.spec_bench:
+        questions = read_questions(args.spec_bench)
     tokenizer = load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template)
     chat = ChatTemplate(tokenizer, kwargs=kwargs)
     prompts = tokenise([with_system(asked, args.system) for asked in questions[: args.limit]], chat)
@@ -148,8 +155,12 @@ def main():
         text, figures = compare(plain, heads, tokenizer, model.lm_head.weight.dtype, greedy=args.temperature == 0)
         print(text)
         result |= figures
-        if any(groups := [asked.get("group") for asked in questions[: args.limit]]):
-            result["groups"] = by_group(plain, heads, [group or "other" for group in groups])
+        groups = [asked.get("group") or "other" for asked in questions[: args.limit]]
+        if args.spec_bench:
+            result["spec_bench"] = table(plain, heads, groups)
+            print("\nSpec-Bench, first turns, counted as it counts:\n" + markdown(result["spec_bench"]))
+        elif set(groups) != {"other"}:
+            result["groups"] = by_group(plain, heads, groups)
             print("\n" + markdown(result["groups"]))
     else:
         if args.batch_size > 1:  # not printed word by word

@@ -18,6 +18,7 @@ class Decoded:
     answers: list[list[int]] = field(default_factory=list)
     pieces: list[list[int]] = field(default_factory=list)  # per answer: how many tokens each pass added
     seconds: list[float] = field(default_factory=list)  # per answer: its share of its batch's time
+    prefills: list[float] = field(default_factory=list)  # the same, of the prefill
 
     def figures(self) -> dict:
         """Without the prefill and its tokens. A pass over a batch counts once for each row that it advanced."""
@@ -33,7 +34,8 @@ class Decoded:
     def only(self, numbers: list[int]) -> "Decoded":
         """The answers with these numbers."""
         answers, pieces = ([column[i] for i in numbers] for column in (self.answers, self.pieces))
-        return Decoded(self.name, answers, pieces, [self.seconds[i] for i in numbers])
+        seconds, prefills = ([column[i] for i in numbers] for column in (self.seconds, self.prefills))
+        return Decoded(self.name, answers, pieces, seconds, prefills)
 
 
 def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: str, show=None) -> Decoded:
@@ -43,7 +45,7 @@ def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: 
         batch = prompts[start : start + batch_size]
         answers: list[list[int]] = [[] for _ in batch]
         pieces: list[list[int]] = [[] for _ in batch]
-        clock = None  # starts after the prefill
+        begin, clock = time.perf_counter(), None  # the second starts after the prefill
         for new in decoder.run(batch, max_new_tokens, eos):
             for row, tokens in enumerate(new):
                 answers[row] += tokens
@@ -53,6 +55,7 @@ def decode(decoder: Decoder, prompts, max_new_tokens: int, eos: set[int], name: 
                     show(tokens)
             clock = clock or time.perf_counter()
         assert clock is not None
+        out.prefills += [(clock - begin) / len(batch)] * len(batch)
         out.seconds += [(time.perf_counter() - clock) / len(batch)] * len(batch)
         if show:
             show(None)

@@ -191,10 +191,28 @@ def test_prompts_from_a_file(stage1, monkeypatch, tmp_path):
     assert len(run(monkeypatch, stage1, *asked, "--limit", 2)["answers"]) == 2
 
 
+def test_spec_bench(stage1, monkeypatch, tmp_path, capsys):
+    questions = [
+        {"category": group, "turns": [text]} for group, text in zip(("math", "qa", "qa"), PROMPTS, strict=True)
+    ]
+    (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    found = run(monkeypatch, stage1, "--spec_bench", tmp_path / "question.jsonl", "--max_new_tokens", 6, "--nodes", 3)
+    assert [(row["task"], row["questions"]) for row in found["spec_bench"]] == [
+        ("mt_bench", 1),
+        ("qa", 2),
+        ("overall", 3),
+    ]
+    assert found["spec_bench"][-1]["mean accepted tokens"] == pytest.approx(found["heads"]["tokens_per_pass"])
+    assert found["spec_bench"][-1]["speedup"] > 0 and found["identical"] == 3
+    assert "| mt_bench | 1 |" in capsys.readouterr().out.replace("  ", " ")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "nothing to decode"),
+        (["--spec_bench", "a", "--prompt", "b"], "--spec_bench asks its own questions"),
+        (["--spec_bench", "missing.jsonl"], "cannot read --spec_bench missing.jsonl"),
         (["--prompt", "b", "--prompt", "a " * 300], "prompt 2 has .* tokens, but there is room for 256"),
         (["--prompt", "a", "--limit", "0"], "--limit must be 1 or more"),
         (["--prompt", "a", "--tree", "deep.json"], "there are 3 heads"),
