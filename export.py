@@ -5,6 +5,7 @@
     vllm, tgi, original, trtllm, mlc   that engine's files (docs/engines.md: versions, what was tried, what is lost)
     hub                                heads as they are, with a model card; --repo_id NAME uploads them
     hf                                 a checkpoint of stage 2 (out/checkpoint-500) as a model with heads
+    peft-merged                        a backbone that is a peft adapter, with its heads, as a plain model with heads
 
 --verify reads the exported files again and compares the heads' logits. Nothing is written for heads that the engine
 cannot load.
@@ -23,11 +24,13 @@ from common import errors, terminal
 from common.errors import BadInput
 from common.files import check_can_write
 from conversations.tokenizer import load_tokenizer
+from medusa_model import MedusaModel
 from model import engines
+from model.adapter import base_of_adapter
 from model.card import upload, write_card
 from model.config import MedusaConfig
 from model.foreign import TOKEN_MAP
-from model.heads_file import base_of, find_heads, load_heads, save_heads, tokenizer_of
+from model.heads_file import base_of, find_heads, load_config, load_heads, save_heads, tokenizer_of
 from model.readable import make_readable
 from training.whole import is_checkpoint, model_of
 
@@ -39,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
-    add("--to", required=True, choices=(*engines.ENGINES, "hub", "hf"))
+    add("--to", required=True, choices=(*engines.ENGINES, "hub", "hf", "peft-merged"))
     add("--output", required=True, type=Path, help="a directory to write")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the heads (default: as they are)")
     add("--base_model", help="the backbone, if it has another name where the engine runs")
@@ -58,10 +61,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def whole_model(args):
-    """--to hf."""
-    if not is_checkpoint(args.heads):
-        raise BadInput(f"--to hf: {args.heads} is no checkpoint of stage 2; a finished run is such a model already")
-    model: Any = model_of(args.heads, args.base_model)  # Any: transformers annotates `to` without its self
+    """--to hf and --to peft-merged."""
+    model: Any  # transformers annotates `to` without its self
+    if args.to == "hf":
+        if not is_checkpoint(args.heads):
+            raise BadInput(
+                f"--to hf: {args.heads} is no checkpoint of stage 2; a finished run is such a model already"
+            )
+        model = model_of(args.heads, args.base_model)
+    else:
+        directory, backbone_dir = find_heads(args.heads)
+        adapter = str(args.base_model or backbone_dir or base_of(MedusaConfig(**load_config(directory)), directory))
+        if base_of_adapter(adapter) is None:
+            raise BadInput(f"--to peft-merged: the backbone {adapter} is no peft adapter")
+        model = MedusaModel.from_pretrained(args.heads, args.base_model)
     if args.dtype:
         model.to(getattr(torch, args.dtype))
     model.save_pretrained(args.output, include_backbone=True)
@@ -73,7 +86,7 @@ def whole_model(args):
 def main():
     terminal.start()
     args = parse_arguments()
-    if args.to == "hf":
+    if args.to in ("hf", "peft-merged"):
         return whole_model(args)
     heads_dir, backbone_dir = find_heads(args.heads)
     config, tensors = load_heads(heads_dir)

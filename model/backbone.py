@@ -13,10 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from common.errors import ACCESS, NO_CODE, BadInput, first_line
+from model.adapter import base_of_adapter, load_merged
 
 
 def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence."""
+    """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence, and a directory with a
+    peft adapter is the model it belongs to, with the adapter merged."""
+    if (base := base_of_adapter(name_or_path)) is not None:
+        return load_merged(name_or_path, base, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
     return _load(AutoModelForCausalLM, name_or_path, **kwargs)
 
 

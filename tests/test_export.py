@@ -181,3 +181,63 @@ def test_a_checkpoint_of_stage_2_becomes_a_model(flags, train, run, tmp_path):
     run(out / "checkpoint-1", "hf", "--output", tmp_path / "first")
     first, last = (MedusaModel.from_pretrained(directory) for directory in (tmp_path / "first", out))
     assert not torch.equal(first.lm_head.weight, last.lm_head.weight)
+
+
+@pytest.fixture
+def adapter(model_dir, tmp_path):
+    """A directory with a random LoRA of `model_dir` and two heads. -> (the directory, the model with its adapter)"""
+    from peft import LoraConfig, get_peft_model
+
+    backbone = AutoModelForCausalLM.from_pretrained(model_dir)
+    lora = get_peft_model(backbone, LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    lora.save_pretrained(tmp_path / "lora")
+    plain = MedusaModel.from_backbone(
+        AutoModelForCausalLM.from_pretrained(model_dir), MedusaConfig(medusa_num_heads=2)
+    )
+    randomise(plain.medusa_heads)
+    plain.save_pretrained(tmp_path / "lora" / "medusa_heads", include_backbone=False)
+    make_tokenizer("llama3").save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora", lora, plain
+
+
+def test_an_adapter_becomes_a_plain_model(adapter, run):
+    directory, lora, plain = adapter
+    ids = torch.arange(12)[None] + 3
+    with torch.inference_mode():
+        want = lora(ids).logits
+        assert (want - plain(ids).logits[0]).abs().max() > 0.1
+        again = MedusaModel.from_pretrained(directory)  # evaluate.py, generate.py and serve.py load it so
+        torch.testing.assert_close(again(ids).logits[0], want, rtol=0, atol=1e-5)
+        out = run(directory, "peft-merged")
+        assert not (out / "adapter_config.json").exists()
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(ids).logits, want, rtol=0, atol=1e-5)
+    assert_same(MedusaModel.from_pretrained(out).medusa_heads.state_dict(), plain.medusa_heads.state_dict())
+    assert AutoTokenizer.from_pretrained(out).chat_template == make_tokenizer("llama3").chat_template
+
+
+def test_adapters_that_do_not_fit(adapter, run, heads, tmp_path, monkeypatch):
+    directory, _, _ = adapter
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    with pytest.raises(BadInput, match="is no peft adapter"):
+        run(heads(name="plain"), "peft-merged")
+    for change, message in (
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
+        ({"target_modules": ["no_such"]}, "does not fit to"),
+        ({"r": 5}, "does not fit to"),
+    ):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(BadInput, match=message):
+            run(directory, "peft-merged")
+    path.write_text(json.dumps(config))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(BadInput, match="needs peft"):
+            run(directory, "peft-merged")
+    (directory / "adapter_model.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"no adapter_model\.safetensors"):
+        run(directory, "peft-merged")
+    assert not (tmp_path / "to-peft-merged").exists()
