@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-FOLDERS = ("common", "conversations", "model", "training", "decoding", "benchmark")
-ENTRY_POINTS = {"train", "evaluate", "generate", "distill", "store_states", "medusa_tree"}
+FOLDERS = ("common", "conversations", "model", "training", "decoding", "serving", "benchmark")
+ENTRY_POINTS = {"train", "evaluate", "generate", "serve", "export", "distill", "store_states", "medusa_tree"}
 # What a folder, or a module of the top level, may import beside itself. Whatever is not here may import all but an
 # entry point: entry points themselves and benchmarks.
 MAY_IMPORT = {
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "callback": {"common"},
     "training": {"medusa_model", "model", "conversations", "common", "callback"},
     "decoding": {"medusa_model", "model", "conversations", "common"},
+    "serving": {"decoding", "medusa_model", "model", "conversations", "common"},
 }
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
