@@ -141,3 +141,13 @@ def test_steps_are_not_in_order_of_length():
     lengths = random_lengths(400, 500)
     longest = [max(lengths[i] for i in order(lengths)[k : k + 8]) for k in range(0, 400, 8)]
     assert longest[:10] != sorted(longest, reverse=True)[:10]
+
+
+def test_conversations_of_a_step_change_from_epoch_to_epoch():
+    """Sorted as a whole, the rows of a step would be the same neighbours in each."""
+    lengths = random_lengths(2000, 10**6)  # hardly two are alike
+    first, second = (
+        {frozenset(indices[k : k + 4]) for k in range(0, 2000, 4)}
+        for indices in (order(lengths, 4, epoch=epoch) for epoch in (0, 1))
+    )
+    assert len(first & second) < 5

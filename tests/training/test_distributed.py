@@ -56,6 +56,16 @@ def test_equals_one_process(kind, case, lab):
         assert of_the_best == pytest.approx(max(while_training)) and of_the_best > while_training[-1]
 
 
+@pytest.mark.parametrize(("kind", "processes"), [("one process", 1), ("FSDP2", 2), ("DDP", 2)])
+def test_figures_are_of_one_device(kind, processes, lab):
+    """The useful work of a step, over its time, of each of the processes; tokens/s are of all together."""
+    log = figures(lab.never_stopped(kind, "stage 2").out)[-1]
+    work, tokens = (log[name] * log["step_time_s"] for name in ("useful_tflops", "tokens_per_s"))
+    alone = figures(lab.never_stopped("one process", "stage 2").out)[-1]
+    assert work * processes == pytest.approx(alone["useful_tflops"] * alone["step_time_s"], rel=1e-6)
+    assert tokens == pytest.approx(alone["tokens_per_s"] * alone["step_time_s"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("stored", "online"),
     [("states", "stage 1"), ("states, accumulation", "accumulation, stage 1"), ("states, kl", "kl, stage 1")]
