@@ -59,11 +59,12 @@ def test_equals_one_process(kind, case, lab):
 @pytest.mark.parametrize(("kind", "processes"), [("one process", 1), ("FSDP2", 2), ("DDP", 2)])
 def test_figures_are_of_one_device(kind, processes, lab):
     """The useful work of a step, over its time, of each of the processes; tokens/s are of all together."""
-    log = figures(lab.never_stopped(kind, "stage 2").out)[-1]
-    work, tokens = (log[name] * log["step_time_s"] for name in ("useful_tflops", "tokens_per_s"))
-    alone = figures(lab.never_stopped("one process", "stage 2").out)[-1]
-    assert work * processes == pytest.approx(alone["useful_tflops"] * alone["step_time_s"], rel=1e-6)
-    assert tokens == pytest.approx(alone["tokens_per_s"] * alone["step_time_s"], rel=1e-6)
+    def per_step(kind: str, name: str) -> float:
+        out = lab.never_stopped(kind, "stage 2").out
+        return logged(out, name)[-1] * logged(out, "step_time_s")[-1]
+
+    assert per_step(kind, "useful_tflops") * processes == pytest.approx(per_step("one process", "useful_tflops"))
+    assert per_step(kind, "tokens_per_s") == pytest.approx(per_step("one process", "tokens_per_s"))
 
 
 @pytest.mark.parametrize(
