@@ -24,6 +24,7 @@ from training.build import build_model, check_before_data, choose_head_type
 from training.data import check_steps, check_writable, load_data
 from training.stop import STATUS, StopCallback
 from training.trainer import MedusaTrainer
+from training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def main():
     )
     run.begin(training_args, trainer.where)
     trainer.add_callback(stop := StopCallback())
+    trainer.add_callback(Watchdog(training_args.ddp_timeout))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         print("stopped by SIGTERM" + ADVICE["if_interrupted"], file=sys.stderr)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {  # and the tests that are meant to notice: few, because each change runs them
@@ -29,22 +30,21 @@ MODULES = {  # and the tests that are meant to notice: few, because each change 
     "training/trainer.py": "tests/training/test_by_hand.py tests/training/test_trainer.py",
     "conversations/batches.py": "tests/conversations/test_batches.py",
     "decoding/tree.py": "tests/decoding/test_tree.py",
-    "decoding/decoder.py": "tests/decoding/test_decoder.py",
+    "decoding/decoder.py": "tests/decoding/test_decoder.py tests/decoding/test_prefixed.py",
 }
 SECONDS = 240  # for the tests of one change
-OPPOSITE = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
-OPPOSITE |= {
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-}
-OPPOSITE |= {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+PAIRS: list[tuple[type, type]] = [
+    (ast.Lt, ast.GtE),
+    (ast.Gt, ast.LtE),
+    (ast.Eq, ast.NotEq),
+    (ast.Is, ast.IsNot),
+    (ast.In, ast.NotIn),
+]
+PAIRS += [(ast.And, ast.Or), (ast.Add, ast.Sub), (ast.Mult, ast.Div)]
+OPPOSITE: dict[type, type] = dict(PAIRS) | {b: a for a, b in PAIRS} | {ast.FloorDiv: ast.Mult}
 
 
-def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+def places(tree: ast.AST) -> Iterator[tuple[Any, str]]:
     """What can be changed: a node, and what in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPPOSITE:

@@ -113,9 +113,10 @@ def test_a_tree_that_each_pass_grows(stage1, monkeypatch, capsys):
     assert run(monkeypatch, stage1, *asked, "--adaptive", 4)["tree"]["temperature"] == 1.4
     with pytest.raises(BadInput, match="--adaptive 321: from 1 to 320, as many tokens as the heads guess"):
         run(monkeypatch, stage1, *asked, "--adaptive", 321)
-    (stage1 / "accuracy.json").write_text(json.dumps({"own": {"temperature": 0}}))
-    with pytest.raises(BadInput, match=r"accuracy.json has temperature 0, which must be a number above 0"):
-        run(monkeypatch, stage1, *asked, "--adaptive", 4)
+    for temperature in (0, -1.5, "warm"):
+        (stage1 / "accuracy.json").write_text(json.dumps({"own": {"temperature": temperature}}))
+        with pytest.raises(BadInput, match=rf"temperature {temperature!r}, which must be a number above 0"):
+            run(monkeypatch, stage1, *asked, "--adaptive", 4)
 
 
 def test_groups_of_prompts_have_a_table(stage1, monkeypatch, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """batches: packing loses and mixes nothing, padding is known by length, steps are of about one length."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,3 +152,25 @@ def test_conversations_of_a_step_change_from_epoch_to_epoch():
         for indices in (order(lengths, 4, epoch=epoch) for epoch in (0, 1))
     )
     assert len(first & second) < 5
+
+
+def test_the_order_of_a_seed_never_changes():
+    """A checkpoint goes on in the order it began with: another one needs another ROW_ORDER (training/run.py)."""
+    lengths = [(7 * i) % 23 for i in range(37)]
+    grouped, plain = (order(lengths, 4, seed=3, epoch=1, grouped=grouped)[:12] for grouped in (True, False))
+    assert grouped == [8, 21, 11, 34, 1, 14, 4, 27, 32, 9, 22, 35]
+    assert plain == [10, 28, 14, 4, 11, 35, 5, 36, 19, 1, 33, 23]
+
+
+@pytest.mark.parametrize(("pad", "eos", "used"), [(5, 7, 5), (None, 7, 7), (None, None, 0)])
+def test_padding_is_the_tokenizers(pad, eos, used):
+    collate = Collator.of(SimpleNamespace(pad_token_id=pad, eos_token_id=eos))
+    batch = collate([{"input_ids": [1, 2], "labels": [1, 2]}])
+    assert batch["input_ids"].tolist() == [[1, 2] + [used] * 6]
+
+
+def test_states_of_a_single_row_are_padded_too():
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "hidden": torch.ones(3, 5, dtype=torch.bfloat16)}
+    batch = Collator(0)([row])
+    assert batch["hidden"].dtype == torch.bfloat16 and batch["hidden"].shape == (1, 8, 5)
+    assert batch["hidden"][0].sum(1).tolist() == [5, 5, 5, 0, 0, 0, 0, 0]

@@ -14,7 +14,7 @@ from medusa_model import MedusaConfig, MedusaModel
 from training.trainer import MedusaTrainer
 
 HEADS, STEPS, WARMUP = 2, 5, 2
-RATE, MULTIPLIER, DECAY, CLIP, BETAS, EPSILON = 2e-3, 3.0, 0.2, 0.8, (0.8, 0.95), 1e-5
+RATE, MULTIPLIER, DECAY, CLIP, BETAS, EPSILON = 2e-3, 3.0, 0.2, 0.15, (0.8, 0.95), 1e-5
 LAMBDA_0, LAMBDA_K = 0.6, 0.7
 FLAGS = (
     *("--max_steps", STEPS, "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2),
@@ -49,8 +49,9 @@ def start(model_dir, directory):
     return model
 
 
-def losses(model, batch) -> list[tuple[torch.Tensor, int]]:
-    """Of the lm_head and each head: summed cross-entropy, and over how many rows."""
+def losses(model, batch, kl=False) -> list[tuple[torch.Tensor, int, int]]:
+    """Of the lm_head and each head: summed cross-entropy, over how many rows, and how many of them it gets right. kl:
+    heads against the lm_head's distribution k places on, in all rows of a text."""
     hidden = model.backbone.model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     ).last_hidden_state
@@ -62,13 +63,21 @@ def losses(model, batch) -> list[tuple[torch.Tensor, int]]:
             block, projection = model.medusa_heads[k - 1]
             x = hidden @ block.linear.weight.T + block.linear.bias
             logits = (hidden + x * torch.sigmoid(x)) @ projection.weight.T
-        total, rows = torch.zeros(()), 0
+        total, rows, right = torch.zeros(()), 0, 0
         for b, labels in enumerate(batch["labels"]):
+            if kl:
+                labels = batch["input_ids"][b].masked_fill(batch["attention_mask"][b] == 0, -100)
             for t in range(len(labels) - k - 1):
-                if (target := labels[t + k + 1]) != -100:
-                    total = total - logits[b, t].log_softmax(-1)[target]
-                    rows += 1
-        found.append((total, rows))
+                if (target := labels[t + k + 1]) == -100:
+                    continue
+                logp = logits[b, t].log_softmax(-1)
+                if kl and k:
+                    teacher = (hidden[b, t + k] @ model.backbone.lm_head.weight.T).log_softmax(-1).detach()
+                    total = total + (teacher.exp() * (teacher - logp)).sum()
+                else:
+                    total = total - logp[target]
+                rows, right = rows + 1, right + int(logits[b, t].argmax() == target)
+        found.append((total, rows, right))
     return found
 
 
@@ -79,14 +88,14 @@ def rate(step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
 
 
-def by_hand(model, steps, stage: int) -> tuple[list[float], list[float]]:
+def by_hand(model, steps, stage: int, kl: bool) -> tuple[list[float], list[float]]:
     """Trains the model in place. -> loss and norm of the gradient of each step."""
     trained = {n: p for n, p in model.named_parameters() if stage == 2 or not n.startswith("backbone.")}
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in trained.items()}
     found = [], []
     for number, batches in enumerate(steps):
         lambda_0 = LAMBDA_0 * (number + 1) / STEPS
-        each = [losses(model, batch) for batch in batches]
+        each = [losses(model, batch, kl) for batch in batches]
         loss = torch.zeros(())
         for k in range(HEADS + 1):
             mean = sum(one[k][0] for one in each) / max(1, sum(one[k][1] for one in each))
@@ -110,13 +119,14 @@ def by_hand(model, steps, stage: int) -> tuple[list[float], list[float]]:
     return found
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_is_what_is_computed_by_hand(stage, train, steps, model_dir, tmp_path):
+@pytest.mark.parametrize(("stage", "kl"), [(1, False), (2, False), (1, True)])
+def test_a_run_is_what_is_computed_by_hand(stage, kl, train, steps, model_dir, tmp_path):
     model = start(model_dir, tmp_path / "heads")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    out = train(*FLAGS, "--medusa_heads_path", tmp_path / "heads", "--medusa_only_heads", stage == 1)
+    flags = (*FLAGS, *(("--medusa_loss", "kl", "--medusa_rows", "all") if kl else ()))
+    out = train(*flags, "--medusa_heads_path", tmp_path / "heads", "--medusa_only_heads", stage == 1)
     assert len(steps) == STEPS and all(len(batches) == 2 for batches in steps)
-    loss, norm = by_hand(model, steps, stage)
+    loss, norm = by_hand(model, steps, stage, kl)
     assert logged(out) == pytest.approx(loss, rel=1e-5)
     assert logged(out, "grad_norm") == pytest.approx(norm, rel=1e-4) and max(norm) > CLIP
     got = MedusaModel.from_pretrained(out, None if stage == 2 else model_dir)
@@ -139,3 +149,32 @@ def test_data_seed_alone_decides_the_order(train, steps):
     first = rows(seed=1, data_seed=5)
     assert rows(seed=2, data_seed=5) == first != rows(seed=1, data_seed=6)
     assert rows(seed=5) == first
+
+
+def test_an_evaluation_is_what_is_computed_by_hand(train, model_dir, monkeypatch, tmp_path):
+    seen, start_of = [], MedusaTrainer.evaluation_loop
+
+    def spy(self, dataloader, *args, **kwargs):
+        seen[:] = [{name: tensor.clone() for name, tensor in batch.items()} for batch in dataloader]
+        return start_of(self, dataloader, *args, **kwargs)
+
+    monkeypatch.setattr(MedusaTrainer, "evaluation_loop", spy)
+    model = start(model_dir, tmp_path / "heads")
+    still = ("--learning_rate", 0.0, "--medusa_lr_multiplier", 1.0, "--eval_strategy", "steps", "--eval_steps", 1)
+    flags = (*FLAGS, "--max_steps", 1, "--medusa_heads_path", tmp_path / "heads", "--eval_holdout", 7, *still)
+    flags += ("--per_device_eval_batch_size", 3)
+    out = train(*flags, "--medusa_only_heads", False)
+    with torch.no_grad():
+        each = [losses(model, batch) for batch in seen]
+    total = 0.0
+    for k in range(HEADS + 1):
+        loss, rows, right = (sum(float(one[k][i]) for one in each) for i in range(3))
+        assert logged(out, f"eval_head_{k}_loss")[0] == pytest.approx(loss / rows, rel=1e-5)
+        assert logged(out, f"eval_head_{k}_top1")[0] == pytest.approx(right / rows)
+        total += (LAMBDA_0 * LAMBDA_K**k if k else 1.0) * loss / rows
+    assert logged(out, "eval_loss")[0] == pytest.approx(total, rel=1e-5) and len(seen) > 1
+
+
+def test_adafactor_trains_in_one_process(train):
+    out = train("--optim", "adafactor", "--max_steps", 2, "--save_strategy", "no", "--medusa_only_heads", True)
+    assert len(set(logged(out))) == 2

@@ -59,6 +59,7 @@ def test_equals_one_process(kind, case, lab):
 @pytest.mark.parametrize(("kind", "processes"), [("one process", 1), ("FSDP2", 2), ("DDP", 2)])
 def test_figures_are_of_one_device(kind, processes, lab):
     """The useful work of a step, over its time, of each of the processes; tokens/s are of all together."""
+
     def per_step(kind: str, name: str) -> float:
         out = lab.never_stopped(kind, "stage 2").out
         return logged(out, name)[-1] * logged(out, "step_time_s")[-1]
