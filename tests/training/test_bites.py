@@ -1,10 +1,13 @@
 """What a one-line mistake would break without any other test noticing."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
+from conftest import assert_same, logged, weights
 
+from common.errors import BadInput
 from common.files import publish
 from training.arguments import TrainingArguments
 from training.trainer import MedusaTrainer
@@ -53,3 +56,33 @@ def test_fsdp_reduces_gradients_of_each_micro_batch(asked, tmp_path, monkeypatch
         output_dir=str(tmp_path), medusa_only_heads=True, report_to="none", use_cpu=True, **config
     )
     assert args.accelerator_config.gradient_accumulation_kwargs == (asked or {"sync_each_batch": True})
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_data_file_may_change_while_a_run_reads_its_own_copy(lazy, train, data_file, monkeypatch):
+    """It trains on what it read when it began; a resume notices."""
+    flags = ("--medusa_only_heads", True, "--max_steps", 4, "--save_steps", 2, "--lazy_preprocess", lazy)
+    want, text = train(*flags, output="undisturbed"), Path(data_file).read_text()
+    step = MedusaTrainer.training_step
+
+    def spoil(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            Path(data_file).write_text("\n".join(text.splitlines()[::2]))
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MedusaTrainer, "training_step", spoil)
+        got = train(*flags, output="disturbed")
+    assert_same(weights(got), weights(want))
+    with pytest.raises(BadInput, match="checkpoint-4 was trained on other data"):
+        train(*flags[:2], "--max_steps", 6, *flags[4:], "--resume_from_checkpoint", True, output="disturbed")
+
+
+def test_a_clock_that_is_set_back(train, monkeypatch):
+    flags = ("--medusa_only_heads", True, "--max_steps", 4, "--save_steps", 2)
+    want, now, calls = train(*flags, output="undisturbed"), time.time, []
+    monkeypatch.setattr(time, "time", lambda: now() - 3600 * (calls.append(1) or len(calls)))
+    got = train(*flags, output="disturbed")
+    assert_same(weights(got), weights(want))
+    assert all(0 < seconds < 60 for seconds in logged(got, "step_time_s"))
+    assert sorted(path.name for path in got.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
