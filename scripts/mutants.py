@@ -29,7 +29,7 @@ MODULES = {  # and the tests that are meant to notice: few, because each change 
     "model/teacher_loss.py": "tests/model/test_teacher_loss.py",
     "training/trainer.py": "tests/training/test_by_hand.py tests/training/test_trainer.py",
     "conversations/batches.py": "tests/conversations/test_batches.py",
-    "decoding/tree.py": "tests/decoding/test_tree.py",
+    "decoding/tree.py": "tests/decoding/test_tree.py tests/decoding/test_choosing.py",
     "decoding/decoder.py": "tests/decoding/test_decoder.py tests/decoding/test_prefixed.py",
 }
 SECONDS = 240  # for the tests of one change

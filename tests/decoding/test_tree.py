@@ -9,7 +9,7 @@ import torch
 
 from common.errors import BadInput
 from decoding import tree as draft_tree
-from decoding.tree import best_tree, chain, check, expected_length, fastest, independent, layout, measured_temperature
+from decoding.tree import best_tree, chain, check, expected_length, fastest, independent, layout
 
 TOP = [  # [K+1][ranks]; head 2 is more often right with its third guess than with its second
     [1.0, 1.0, 1.0],
@@ -299,10 +299,3 @@ def test_guesses_of_the_tokens_that_there_are():
     assert ranks([(4,), (0,)], 5) == 5 and ranks([(0,), (0, 2)], 9) == 3 and ranks([], 9) == 0
     with pytest.raises(BadInput, match="the tree has rank 5, but heads guess 5 tokens"):
         ranks([(0,), (5,)], 5)
-
-
-@pytest.mark.parametrize("temperature", [0, 0.0, -1.5, "warm", True])
-def test_a_temperature_that_is_none(temperature, tmp_path):
-    (tmp_path / "accuracy.json").write_text(json.dumps({"own": {"temperature": temperature}}))
-    with pytest.raises(BadInput, match="which must be a number above 0"):
-        measured_temperature(tmp_path / "accuracy.json")
