@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import BadInput
 from decoding.choosing import check_tree_options
-from decoding.tree import measured_temperature
+from decoding.tree import measured_temperature, ranks
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.5, "warm", True])
@@ -32,3 +32,9 @@ def test_flags():
     for nodes in (None, 0):
         with pytest.raises(BadInput, match="--adaptive needs the number of guesses"):
             check_tree_options(SimpleNamespace(nodes=nodes, adaptive=3))
+
+
+def test_guesses_of_the_tokens_that_there_are():
+    assert ranks([(4,), (0,)], 5) == 5 and ranks([(0,), (0, 2)], 9) == 3 and ranks([], 9) == 0
+    with pytest.raises(BadInput, match="the tree has rank 5, but heads guess 5 tokens"):
+        ranks([(0,), (5,)], 5)

@@ -292,10 +292,3 @@ def test_step_times_that_are_none(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(BadInput, match=f"{file}.*{message}"):
         draft_tree.read_step_times(file)
-
-
-def test_guesses_of_the_tokens_that_there_are():
-    ranks = draft_tree.ranks
-    assert ranks([(4,), (0,)], 5) == 5 and ranks([(0,), (0, 2)], 9) == 3 and ranks([], 9) == 0
-    with pytest.raises(BadInput, match="the tree has rank 5, but heads guess 5 tokens"):
-        ranks([(0,), (5,)], 5)
