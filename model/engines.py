@@ -106,8 +106,6 @@ def check(engine: Engine, name: str, config: dict):
             f"--to {name}: its code uses one ResBlock {layers} times where these heads have {layers}: train heads "
             "with --medusa_num_layers 1"
         )
-    if config.get("shares_lm_head"):
-        raise BadInput(f"--to {name}: these heads have no projections of their own (they share the lm_head)")
 
 
 def names(engine: Engine, config: dict) -> dict[str, str]:

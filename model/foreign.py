@@ -70,7 +70,9 @@ def our_names(names: list[str]) -> dict[str, str]:
             h, layer, kind = match.groups()[:3] if match[1] else match.groups()[3:]
             ours[f"{h}.{layer}.linear.{kind}"] = name
         elif match := PROJECTION.fullmatch(bare):
-            projections[match[1] or match[2]] = name
+            if (h := match[1] or match[2]) in projections:
+                raise BadInput(f"head {h} has two projections, {projections[h]} and {name}")
+            projections[h] = name
         elif bare == TOKEN_MAP:
             ours[bare] = name
     layers = 1 + max((int(name.split(".")[1]) for name in ours if name != TOKEN_MAP), default=-1)
@@ -98,14 +100,19 @@ def complete(config: dict, sizes: dict[str, list[int]], directory: Path) -> dict
     """Our config.json for tensors of these sizes (by our names)."""
     numbers = [[int(x) for x in name.split(".")[:2]] for name in sizes if name != TOKEN_MAP]
     projected = {h: n for h, n in numbers if f"{h}.{n}.weight" in sizes}
+    matrices = [size for name, size in sizes.items() if name.endswith("weight")]
+    if not numbers or any(len(size) != 2 for size in matrices):
+        raise BadInput(f"{directory} has tensors named as heads' that are no heads: a weight is not a matrix")
     blocks = 1 + max((n for h, n in numbers if f"{h}.{n}.weight" not in sizes), default=-1)
     counts = {"medusa_num_heads": 1 + max(h for h, _ in numbers), "medusa_num_layers": blocks}
     for key, names in COUNTS.items():
-        for says in (part.get(name) for part in (config, config.get("medusa") or {}) for name in names):
+        for says in (
+            part.get(name) for part in (config, config.get("medusa")) if isinstance(part, dict) for name in names
+        ):
             if isinstance(says, int) and says != counts[key] and not (key == "medusa_num_heads" and projected == {}):
                 logger.warning("%s: config.json says %s %d, the tensors are of %d", directory, key, says, counts[key])
                 break
-    shape = sizes[f"0.{blocks}.weight"] if projected else sizes["0.0.linear.weight"]
+    shape = sizes[f"{min(projected)}.{blocks}.weight"] if projected else matrices[0]
     vocab, draft = config.get("vocab_size"), sizes.get(TOKEN_MAP, [None])[0]
     if projected and draft is None:
         vocab = shape[0]
@@ -135,7 +142,11 @@ def read(foreign: Foreign) -> dict[str, torch.Tensor]:
         n = foreign.config["medusa_num_layers"]
         for name in [name for name in found if name.split(".")[1:] == [str(n), "weight"]]:
             rows = found[name]  # of the tokens of the map, or of all tokens
+            if len(rows) != len(order) and not 0 <= token_map[0] <= token_map[-1] < len(rows):
+                raise BadInput(f"the token_map names tokens outside of the {len(rows)} that {name} guesses")
             found[name] = rows[order] if len(rows) == len(order) else rows[token_map]
         if "medusa_vocab_size" in foreign.config:
             found[TOKEN_MAP] = token_map
+        elif token_map.tolist() != [*range(len(token_map))]:
+            raise BadInput("the token_map has as many tokens as the vocabulary, but not each once")
     return found

@@ -30,7 +30,7 @@ MODULES = {  # and the tests that are meant to notice: few, because each change 
     "training/trainer.py": "tests/training/test_by_hand.py tests/training/test_trainer.py",
     "conversations/batches.py": "tests/conversations/test_batches.py",
     "decoding/tree.py": "tests/decoding/test_tree.py tests/decoding/test_choosing.py",
-    "decoding/decoder.py": "tests/decoding/test_decoder.py tests/decoding/test_prefixed.py",
+    "decoding/decoder.py": " ".join(f"tests/decoding/test_{name}.py" for name in ("decoder", "prefixed", "sampling")),
 }
 SECONDS = 240  # for the tests of one change
 PAIRS: list[tuple[type, type]] = [

@@ -121,6 +121,12 @@ def test_refused_and_nothing_written(heads, run, tmp_path, monkeypatch):
     says("one ResBlock 2 times where these heads have 2", heads(layers=2, name="two"), "original")
     says("hydra heads can be decoded with this repository alone", heads(kind="hydra", name="hydra"), "vllm")
     plain = heads(name="plain")
+    shared = {k: v for k, v in load_file(plain / HEADS_FILE).items() if "linear" in k}
+    (tmp_path / "shared").mkdir()
+    torch.save(shared, tmp_path / "shared" / "medusa_lm_head.pt")
+    (tmp_path / "shared" / "config.json").write_text('{"base_model_name_or_path": "org/name"}')
+    for to in ("tgi", "hub"):
+        says("share the lm_head", tmp_path / "shared", to)
     says("belong to --to hub", plain, "vllm", "--repo_id", "a/b")
     says("--verify compares files of an engine", plain, "hub", "--verify")
     says("is no checkpoint of stage 2", plain, "hf")

@@ -191,6 +191,14 @@ def test_refused(made, tmp_path, monkeypatch):
     (tmp_path / "code" / "medusa_lm_head.pt").write_bytes(b"PK")
     with pytest.raises(BadInput, match=r"medusa_lm_head\.pt is damaged"):
         find_heads(tmp_path / "code")
+    two = tensors | {"1.3.weight": torch.zeros(90, 32)}
+    says("two", ORIGINAL, two, "medusa_lm_head.pt", r"head 1 has two projections")
+    flat = tensors | {"0.2.weight": torch.zeros(90 * 32)}
+    says("flat", ORIGINAL | {"medusa": [1]}, flat, "medusa_lm_head.pt", "a weight is not a matrix")
+    for numbers, message in (([3, 8, 90], "outside of the 90"), ([*range(89), 88], "but not each once")):
+        drafted = tensors | {"token_map": torch.tensor(numbers)}
+        says(f"map-{len(numbers)}", ORIGINAL | {"vocab_size": 90}, drafted, "medusa_lm_head.pt", message)
+    says("map-alone", ORIGINAL, {"token_map": torch.arange(3)}, "medusa_lm_head.pt", "no heads")
     with pytest.raises(BadInput, match="names no backbone"):
         MedusaModel.from_pretrained(write(tmp_path / "bare", ORIGINAL, tensors, "medusa_lm_head.pt"))
     with pytest.raises(BadInput, match=r"hf download .*medusa-vicuna-7b-v1\.3 --local-dir"):
