@@ -93,9 +93,7 @@ def main():
     base = args.base_model or str(backbone_dir or base_of(MedusaConfig(**config), heads_dir))
     config["base_model_name_or_path"] = base
     if config.get("shares_lm_head"):
-        raise BadInput(
-            f"{args.heads}: these heads share the lm_head, and every format here has a projection of their own"
-        )
+        raise BadInput(f"{args.heads}: these heads share the lm_head, and every format here has a projection for each")
     if args.dtype:
         dtype = getattr(torch, args.dtype)
         tensors = {name: tensor if name == TOKEN_MAP else tensor.to(dtype) for name, tensor in tensors.items()}

@@ -63,7 +63,8 @@ def shapes(path: Path) -> dict[str, list[int]]:
 def our_names(names: list[str]) -> dict[str, str]:
     """our name -> name, of the tensors of heads among these. A projection's number follows those of the ResBlocks."""
     prefixed = [name for name in names if PREFIX.match(name)]
-    ours, projections = {}, {}
+    ours: dict[str, str] = {}
+    projections: dict[str, str] = {}
     for name in prefixed or names:
         bare = PREFIX.sub("", name)
         if match := BLOCK.fullmatch(bare):
@@ -105,13 +106,11 @@ def complete(config: dict, sizes: dict[str, list[int]], directory: Path) -> dict
         raise BadInput(f"{directory} has tensors named as heads' that are no heads: a weight is not a matrix")
     blocks = 1 + max((n for h, n in numbers if f"{h}.{n}.weight" not in sizes), default=-1)
     counts = {"medusa_num_heads": 1 + max(h for h, _ in numbers), "medusa_num_layers": blocks}
+    parts = [part for part in (config, config.get("medusa")) if isinstance(part, dict)]  # ModelOpt's are one deeper
     for key, names in COUNTS.items():
-        for says in (
-            part.get(name) for part in (config, config.get("medusa")) if isinstance(part, dict) for name in names
-        ):
-            if isinstance(says, int) and says != counts[key] and not (key == "medusa_num_heads" and projected == {}):
-                logger.warning("%s: config.json says %s %d, the tensors are of %d", directory, key, says, counts[key])
-                break
+        says = next((part[name] for part in parts for name in names if isinstance(part.get(name), int)), counts[key])
+        if says != counts[key]:
+            logger.warning("%s: config.json says %s %d, the tensors are of %d", directory, key, says, counts[key])
     shape = sizes[f"{min(projected)}.{blocks}.weight"] if projected else matrices[0]
     vocab, draft = config.get("vocab_size"), sizes.get(TOKEN_MAP, [None])[0]
     if projected and draft is None:
