@@ -11,7 +11,7 @@ from conftest import logged, randomise
 from transformers import AutoModelForCausalLM
 
 from medusa_model import MedusaConfig, MedusaModel
-from training.trainer import MedusaTrainer
+from training.trainer import MedusaTrainer, batch_counts
 
 HEADS, STEPS, WARMUP = 2, 5, 2
 RATE, MULTIPLIER, DECAY, CLIP, BETAS, EPSILON = 2e-3, 3.0, 0.2, 0.15, (0.8, 0.95), 1e-5
@@ -21,8 +21,9 @@ FLAGS = (
     *("--learning_rate", RATE, "--medusa_lr_multiplier", MULTIPLIER, "--weight_decay", DECAY, "--max_grad_norm", CLIP),
     *("--adam_beta1", BETAS[0], "--adam_beta2", BETAS[1], "--adam_epsilon", EPSILON, "--lr_scheduler_type", "cosine"),
     *("--warmup_steps", WARMUP, "--medusa_heads_coefficient", LAMBDA_0, "--medusa_decay_coefficient", LAMBDA_K),
-    *("--medusa_scheduler", "linear", "--save_strategy", "no"),
+    *("--save_strategy", "no"),
 )
+RAMP = {"constant": lambda x: 1.0, "linear": lambda x: x, "sine": lambda x: math.sin(math.pi / 2 * x)}  # of lambda_0
 
 
 @pytest.fixture
@@ -88,13 +89,14 @@ def rate(step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
 
 
-def by_hand(model, steps, stage: int, kl: bool) -> tuple[list[float], list[float]]:
-    """Trains the model in place. -> loss and norm of the gradient of each step."""
+def by_hand(model, steps, stage: int, kl: bool, scheduler: str):
+    """Trains the model in place. -> loss and norm of the gradient of each step, and of the heads' own losses and top-1
+    accuracies those of head 1."""
     trained = {n: p for n, p in model.named_parameters() if stage == 2 or not n.startswith("backbone.")}
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in trained.items()}
-    found = [], []
+    found: tuple[list[float], ...] = [], [], [], []
     for number, batches in enumerate(steps):
-        lambda_0 = LAMBDA_0 * (number + 1) / STEPS
+        lambda_0 = LAMBDA_0 * RAMP[scheduler]((number + 1) / STEPS)
         each = [losses(model, batch, kl) for batch in batches]
         loss = torch.zeros(())
         for k in range(HEADS + 1):
@@ -114,21 +116,28 @@ def by_hand(model, steps, stage: int, kl: bool) -> tuple[list[float], list[float
                 v.mul_(BETAS[1]).add_((1 - BETAS[1]) * g * g)
                 m_hat, v_hat = m / (1 - BETAS[0] ** (number + 1)), v / (1 - BETAS[1] ** (number + 1))
                 p.sub_(lr * m_hat / (v_hat.sqrt() + EPSILON))
-        found[0].append(loss.item())
-        found[1].append(norm)
+        of_head_1 = [sum(float(one[1][i]) for one in each) for i in range(3)]
+        figures = (loss.item(), norm, of_head_1[0] / of_head_1[1], of_head_1[2] / of_head_1[1])
+        for column, figure in zip(found, figures, strict=True):
+            column.append(figure)
     return found
 
 
-@pytest.mark.parametrize(("stage", "kl"), [(1, False), (2, False), (1, True)])
-def test_a_run_is_what_is_computed_by_hand(stage, kl, train, steps, model_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "kl", "scheduler"), [(1, False, "linear"), (2, False, "sine"), (1, True, "constant")]
+)
+def test_a_run_is_what_is_computed_by_hand(stage, kl, scheduler, train, steps, model_dir, tmp_path):
     model = start(model_dir, tmp_path / "heads")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    flags = (*FLAGS, *(("--medusa_loss", "kl", "--medusa_rows", "all") if kl else ()))
+    flags = (*FLAGS, "--medusa_scheduler", scheduler)
+    flags += ("--medusa_loss", "kl", "--medusa_rows", "all") if kl else ()
     out = train(*flags, "--medusa_heads_path", tmp_path / "heads", "--medusa_only_heads", stage == 1)
     assert len(steps) == STEPS and all(len(batches) == 2 for batches in steps)
-    loss, norm = by_hand(model, steps, stage, kl)
+    loss, norm, head_1, top_1 = by_hand(model, steps, stage, kl, scheduler)
     assert logged(out) == pytest.approx(loss, rel=1e-5)
     assert logged(out, "grad_norm") == pytest.approx(norm, rel=1e-4) and max(norm) > CLIP
+    assert logged(out, "head_1_loss") == pytest.approx(head_1, rel=1e-4)
+    assert logged(out, "head_1_top1") == pytest.approx(top_1)
     got = MedusaModel.from_pretrained(out, None if stage == 2 else model_dir)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if stage == 2 or not name.startswith("backbone.")}
@@ -178,3 +187,14 @@ def test_an_evaluation_is_what_is_computed_by_hand(train, model_dir, monkeypatch
 def test_adafactor_trains_in_one_process(train):
     out = train("--optim", "adafactor", "--max_steps", 2, "--save_strategy", "no", "--medusa_only_heads", True)
     assert len(set(logged(out))) == 2
+
+
+def test_what_a_batch_holds_is_counted_by_hand():
+    batch = {
+        "labels": torch.tensor([[-100, 5, 6, 7, -100, -100], [-100, -100, 5, -100, -100, -100]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]),
+    }
+    # A row of head k has its label k + 1 places on. Token p attends to p + 1 tokens: 1 + 2 + 3 + 4 and 1 + 2 + 3.
+    assert batch_counts(batch, 2).tolist() == [4, 3, 1, 7, 12, 16]
+    packed = batch | {"position_ids": torch.tensor([[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 0]])}
+    assert batch_counts(packed, 2).tolist()[-3:] == [7, 12, 3 + 3 + 6]
