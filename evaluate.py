@@ -22,7 +22,6 @@ import logging
 from collections import Counter
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 
 from common import errors, terminal
@@ -41,10 +40,10 @@ from decoding.acceptance import TOP
 from decoding.accuracy import own_text, reference_text
 from decoding.decoder import Decoder
 from decoding.judge import check_pass
+from decoding.loading import load_model
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens, stop_tokens
 from model.heads_file import find_heads, tokenizer_of
-from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +183,7 @@ def main():
         _, held_out = split_conversations(data, None, args.eval_holdout)
         assert held_out is not None
         data, summary = held_out, Summary("the held-out part", len(held_out))
-    dtype = getattr(torch, args.dtype)
-    model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    check_whole(model)
+    model = load_model(args.heads, args.base_model, args.dtype)
     chat = ChatTemplate(tokenizer, stop_tokens(model.backbone), kwargs)
     result = {"heads": str(directory), "data_path": " ".join(args.data_path)}
     result |= measure(args, model, chat, data, summary)

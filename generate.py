@@ -31,13 +31,13 @@ from decoding.comparison import by_group, compare
 from decoding.decoder import Decoder, check_room
 from decoding.growing import Adaptive
 from decoding.judge import check_pass
+from decoding.loading import load_model
 from decoding.sampling import Sampling
 from decoding.spec_bench import read_questions, table
 from decoding.tree import Choices
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
 from model.heads_file import find_heads, tokenizer_of
-from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -91,16 +91,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def load_model(args) -> MedusaModel:
-    """Backbone and heads, on the GPU if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
-    model.to(device)
-    check_whole(model)
-    return model
-
-
 def stream(tokenizer):
     """-> a function for `decode` that prints answers word by word."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -145,7 +135,7 @@ def main():
     tokenizer = load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template)
     chat = ChatTemplate(tokenizer, kwargs=kwargs)
     prompts = tokenise([with_system(asked, args.system) for asked in questions[: args.limit]], chat)
-    model = load_model(args)
+    model = load_model(args.heads, args.base_model, args.dtype)
     choices, runs = decode_all(args, model, tokenizer, prompts)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in runs[-1].answers]
     tree = choices._asdict() if isinstance(choices, Adaptive) else choices

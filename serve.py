@@ -12,8 +12,6 @@ no passwords and no encryption: put a proxy in front of it before you give --hos
 import argparse
 import logging
 
-import torch
-
 from common import errors, terminal
 from common.errors import BadInput
 from conversations.options import add_options, parse_kwargs
@@ -21,10 +19,9 @@ from conversations.prompts import question, tokenise
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.choosing import add_tree_options, check_tree_options, choose_tree
-from medusa_model import MedusaModel
+from decoding.loading import load_model
 from model.backbone import context_length, end_tokens
 from model.heads_file import find_heads, tokenizer_of
-from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +60,7 @@ def build(args):
     chat = ChatTemplate(
         load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template), kwargs=kwargs
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    model = MedusaModel.from_pretrained(args.heads, args.base_model, dtype=dtype, heads_dtype=dtype)
-    model.to(device)
-    check_whole(model)
+    model = load_model(args.heads, args.base_model, args.dtype)
     context = context_length(model.backbone)
     if (args.max_length or 0) > context:
         raise BadInput(f"--max_length {args.max_length}: the backbone knows {context} positions")
