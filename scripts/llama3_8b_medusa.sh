@@ -4,6 +4,9 @@
 #   bash scripts/llama3_8b_medusa.sh                              stage 1, 5 heads
 #   bash scripts/llama3_8b_medusa.sh --medusa_only_heads False    stage 2: the backbone trains too
 #   bash scripts/llama3_8b_medusa.sh --medusa_num_heads 3         flags are appended to those below, and win
+#   bash scripts/llama3_8b_medusa.sh --medusa_head_type hydra --medusa_prefix_layer True
+#                                     23 % more tokens per pass on SmolLM2, in this repository alone (docs/heads.md);
+#                                     the default is what other programs load (docs/engines.md)
 #   MODEL=... DATA_PATH=my_chats.jsonl OUTPUT_DIR=... NUM_GPUS=2 bash scripts/llama3_8b_medusa.sh
 #
 # It makes .venv the first time (VENV=none: the Python that is active) and takes the variables of scripts/launch.sh,
