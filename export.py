@@ -27,6 +27,7 @@ from conversations.tokenizer import load_tokenizer
 from medusa_model import MedusaModel
 from model import engines
 from model.adapter import base_of_adapter
+from model.backbone import load_backbone_config
 from model.card import upload, write_card
 from model.config import MedusaConfig
 from model.foreign import TOKEN_MAP
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add("heads", help="the --output_dir of a training run, or one of its checkpoints")
     add("--to", required=True, choices=(*engines.ENGINES, "hub", "hf", "peft-merged"))
     add("--output", required=True, type=Path, help="a directory to write")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the heads (default: as they are)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of what is written (default: as it is)")
     add("--base_model", help="the backbone, if it has another name where the engine runs")
     add("--verify", action="store_true", help="compare the heads' logits with those of the exported files")
     add("--repo_id", help="hub: where to upload, as NAME or ORGANISATION/NAME; needs `hf auth login`")
@@ -97,7 +98,15 @@ def main():
     if args.dtype:
         dtype = getattr(torch, args.dtype)
         tensors = {name: tensor if name == TOKEN_MAP else tensor.to(dtype) for name, tensor in tensors.items()}
+        if lost := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise BadInput(
+                f"--dtype {args.dtype} cannot hold {lost[0]}: it becomes infinite. Take bfloat16 or float32"
+            )
     if args.to == "hub":
+        if os.path.isdir(base):
+            raise BadInput(
+                f"--to hub: the card would name {base}, a directory here: give --base_model NAME of the Hub"
+            )
         save_heads(tensors, MedusaConfig(**config).to_dict(), args.output)
         if (accuracy := Path(args.heads) / "accuracy.json").is_file():
             shutil.copy(accuracy, args.output)
@@ -105,6 +114,8 @@ def main():
     else:
         engine = engines.ENGINES[args.to]
         engines.check(engine, args.to, config)
+        if args.to == "original" and os.path.isdir(base):
+            engines.check_rope(load_backbone_config(base))
         engines.write(engine, config, tensors, args.output)
     here = args.base_model if os.path.isdir(args.base_model or "") else None  # else it is a name for elsewhere
     tokenizer = load_tokenizer(tokenizer_of(heads_dir, backbone_dir, here), needs_template=False)
@@ -117,7 +128,8 @@ def main():
         apart = engines.difference(engine, config, tensors, args.output)
         print(f"read back, the logits of 16 random hidden states differ by {apart:.1g} of the largest one")
         if not apart < 1e-4:  # fp32 sums in another order give 1e-6
-            raise BadInput(f"{args.output} does not hold the same heads")
+            shutil.rmtree(args.output)
+            raise BadInput(f"what was written to {args.output} does not hold the same heads, and was removed")
     if config.get("medusa_vocab_size") is not None:
         logger.warning(
             "vLLM 0.29 to 0.32 make room for all tokens in every head and stop at a part of them, by their source: "

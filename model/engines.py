@@ -108,6 +108,16 @@ def check(engine: Engine, name: str, config: dict):
         )
 
 
+def check_rope(backbone):
+    """Raises BadInput for a backbone that the original's transformers 4.34 does not read. backbone: its config."""
+    rope = getattr(backbone.get_text_config(), "rope_parameters", None) or {}
+    if (kind := rope.get("rope_type", "default")) not in ("default", "linear", "dynamic"):
+        raise BadInput(
+            f"--to original: its transformers 4.34 knows no RoPE of type {kind}, so it cannot read this backbone "
+            "(LLaMA 3.1 and later)"
+        )
+
+
 def names(engine: Engine, config: dict) -> dict[str, str]:
     """Our name of each tensor -> the engine's."""
     heads, blocks = config["medusa_num_heads"], config["medusa_num_layers"]

@@ -11,6 +11,7 @@ medusa-vicuna-7b-v1.3 promises 2 heads, and its file has 5. Pickles are read by 
 
 import logging
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ class Foreign(NamedTuple):
 def unpickle(path: Path) -> dict[str, torch.Tensor]:
     """A pickle's tensors; they stay on disk until they are used. Raises BadInput for anything else."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch before 1.6 are no archives, and cannot stay on disk.
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle or archive raises any kind
         raise BadInput(f"{path} is damaged, or would run code if it were read: {first_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):

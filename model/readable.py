@@ -4,11 +4,11 @@ for other users.
     config.json             transformers 4 looks for rope_theta, rope_scaling and torch_dtype. It takes RoPE's default
                             theta of 10,000 without a word if they are not there
     tokenizer_config.json   it does not know the class TokenizersBackend
-    all files               safetensors makes its files readable for their owner only
+    *.safetensors           safetensors makes its files readable for their owner only
 """
 
 import json
-import os
+import stat
 from pathlib import Path
 
 from common.files import write_atomically
@@ -45,15 +45,17 @@ def with_old_class(config: dict) -> dict:
 
 
 def make_readable(directory: Path):
-    """Rewrites the configs there, and gives the files the mode that the umask allows."""
-    umask = os.umask(0)
-    os.umask(umask)
+    """Rewrites the configs there, and gives safetensors' files the mode that the umask allows; no other files, and
+    none elsewhere that a link leads to."""
     for name, change in (("config.json", with_old_names), ("tokenizer_config.json", with_old_class)):
         if (path := directory / name).is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             if (changed := change(config)) != config:
                 text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
                 write_atomically(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
-    for path in directory.iterdir():
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
+    for path in directory.glob("*.safetensors"):
+        if path.is_file() and not path.is_symlink():
+            probe = path.with_name(path.name + ".tmp")
+            probe.touch()  # as any program's new file: os.umask can only be read by setting it, for all threads
+            path.chmod(stat.S_IMODE(probe.stat().st_mode))
+            probe.unlink()

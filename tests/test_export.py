@@ -2,11 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same, make_tokenizer, randomise, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export
@@ -137,15 +138,44 @@ def test_refused_and_nothing_written(heads, run, tmp_path, monkeypatch):
     says("is there and not empty", plain, "mlc")
 
 
-def test_verify_notices_other_heads(heads, run, monkeypatch):
+def test_a_rope_that_the_original_does_not_know(heads, run, model_dir, tmp_path):
+    source, path = heads(), Path(model_dir, "config.json")
+    config = json.loads(path.read_text())
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+    path.write_text(json.dumps(config | {"rope_parameters": rope | {"original_max_position_embeddings": 64}}))
+    with pytest.raises(BadInput, match="no RoPE of type llama3"):
+        run(source, "original")
+    assert not (tmp_path / "to-original").exists()
+    run(source, "tgi")
+
+
+def test_a_dtype_that_cannot_hold_the_heads(heads, run, tmp_path):
+    source = heads()
+    tensors = load_file(source / HEADS_FILE)
+    tensors["1.1.weight"][3, 4] = 1e5
+    save_file(tensors, source / HEADS_FILE)
+    with pytest.raises(BadInput, match=r"--dtype float16 cannot hold 1\.1\.weight"):
+        run(source, "tgi", "--dtype", "float16")
+    assert not (tmp_path / "to-tgi").exists()
+    run(source, "tgi", "--dtype", "bfloat16")
+
+
+def test_a_card_names_no_directory(heads, run, tmp_path):
+    with pytest.raises(BadInput, match="a directory here: give --base_model NAME"):
+        run(heads(), "hub")
+    assert not (tmp_path / "to-hub").exists()
+
+
+def test_verify_notices_other_heads(heads, run, monkeypatch, tmp_path):
     write = engines.write
 
     def spoil(engine, config, tensors, directory):
         write(engine, config, tensors | {"1.0.linear.bias": torch.zeros(32)}, directory)
 
     monkeypatch.setattr(engines, "write", spoil)
-    with pytest.raises(BadInput, match="does not hold the same heads"):
+    with pytest.raises(BadInput, match="does not hold the same heads, and was removed"):
         run(heads(), "vllm", "--verify")
+    assert not (tmp_path / "to-vllm").exists()
 
 
 def test_a_card_for_the_hub(heads, run, monkeypatch, capsys):
@@ -174,7 +204,7 @@ def test_a_card_for_the_hub(heads, run, monkeypatch, capsys):
     monkeypatch.setattr("model.card.HfApi.create_repo", refuse)
     out.rename(out.with_name("before"))
     with pytest.raises(BadInput, match=r"the upload failed \(401 Unauthorized\)"):
-        run(source, "hub", "--repo_id", "me/heads")
+        run(source, "hub", "--repo_id", "me/heads", "--base_model", "org/name")
 
 
 @pytest.mark.parametrize("flags", [(), ("--medusa_vocab_size", 40, "--medusa_head_type", "hydra")])

@@ -149,6 +149,16 @@ def test_wrong_counts_are_corrected_and_said(made, tmp_path, caplog):
     assert "config.json says medusa_num_layers 1, the tensors are of 2" in caplog.text
 
 
+def test_a_file_of_an_old_torch(made, tmp_path):
+    model, place = made
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(ORIGINAL))
+    tensors = load_file(place / "heads" / HEADS_FILE)
+    torch.save(tensors, directory / "medusa_lm_head.pt", _use_new_zipfile_serialization=False)
+    same(model, MedusaModel.from_pretrained(directory, base_model_name_or_path=place / "backbone"))
+
+
 def test_resblocks_without_a_bias(made, tmp_path):
     _model, place = made
     tensors = {k: v for k, v in load_file(place / "heads" / HEADS_FILE).items() if "bias" not in k}

@@ -68,6 +68,23 @@ def test_old_names(rope, expected):
     assert with_old_names({"a": 1}) == {"a": 1}
 
 
+def test_other_files_keep_their_modes(tmp_path, umask_027):
+    made, outside = tmp_path / "made", tmp_path / "outside.safetensors"
+    made.mkdir()
+    for path, bits in (
+        (made / "run.sh", 0o755),
+        (made / "secret", 0o600),
+        (outside, 0o600),
+        (made / "a.safetensors", 0o600),
+    ):
+        path.touch()
+        path.chmod(bits)
+    (made / "link.safetensors").symlink_to(outside)
+    make_readable(made)
+    assert [mode(path) for path in (made / "run.sh", made / "secret", outside)] == [0o755, 0o600, 0o600]
+    assert mode(made / "a.safetensors") == 0o640 and len(list(made.iterdir())) == 4
+
+
 def test_a_tokenizer_has_a_class_that_transformers_4_knows(tmp_path):
     tokenizer = make_tokenizer("llama3")
     tokenizer.save_pretrained(tmp_path)
