@@ -16,18 +16,17 @@ import pathlib
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
 
 from common.errors import BadInput
 from conversations.targets import count_rows, shifted_targets
-from model.backbone import check_backbone, load_backbone
+from model.backbone import check_backbone, load_backbone, use_liger
 from model.config import MedusaConfig
 from model.heads import HeadLoss, Path, Teacher, Text, projection_loss, until
 from model.heads_file import HEADS_DIR, HEADS_FILE, TOKEN_MAP, base_of, find_heads, load_heads, save_heads, under
 from model.loss import cap, choose_impl
 from model.output import MedusaOutput
 from model.path_heads import HEAD_TYPES, make_heads
-from model.prefix import PREFIX, load_prefix, make_prefix, run_prefix
+from model.prefix import PREFIX, load_prefix, make_prefix, run_prefix, use_liger_in_prefix
 from model.readable import make_readable
 from model.vocabulary import to_draft, to_full
 
@@ -97,8 +96,9 @@ class MedusaModel(PreTrainedModel):
     def use_liger_in_backbone(self):
         """Liger's RMSNorm, RoPE and SwiGLU: a kernel each. Does nothing the second time."""
         if not self.has_liger:
-            # By default Liger would also replace the backbone's forward by one with its own loss.
-            apply_liger_kernel(self.backbone, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+            use_liger(self.backbone)
+            if self.prefix is not None:
+                use_liger_in_prefix(self.prefix)
             self.has_liger = True
 
     def freeze_backbone(self):

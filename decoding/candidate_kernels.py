@@ -41,6 +41,13 @@ def _best_of_part(logits_ptr, values_ptr, tokens_ptr, lse_ptr, size, scale, SOFT
 
 
 @triton.jit
+def _ahead(chance, i, other, j):
+    """How many of j stand before each i, likeliest first."""
+    before = (other[None, :] > chance[:, None]) | ((other[None, :] == chance[:, None]) & (j[None, :] < i[:, None]))
+    return tl.sum(before.to(tl.int32), 1)
+
+
+@triton.jit
 def _best_of_parts(values_ptr, tokens_ptr, lse_ptr, map_ptr, logp_ptr, out_ptr, parts, COUNT: tl.constexpr,
                    PARTS: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
     """Program (row): the COUNT highest of all parts, as log-probabilities. PARTS, PLACES: parts and parts x COUNT, to
@@ -52,14 +59,16 @@ def _best_of_parts(values_ptr, tokens_ptr, lse_ptr, map_ptr, logp_ptr, out_ptr, 
     lse = tl.load(lse_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
     highest = tl.max(lse, 0)
     total = highest + tl.log(tl.sum(tl.exp(lse - highest), 0))
-    for i in range(COUNT):
-        value, at = tl.max(x, 0, return_indices=True)
-        tl.store(logp_ptr + row * COUNT + i, tl.minimum(value - total, 0.0))
-        token = tl.load(tokens_ptr + at)
-        if map_ptr is not None:
-            token = tl.load(map_ptr + token)
-        tl.store(out_ptr + row * COUNT + i, token)
-        x = tl.where(place == at, float("-inf"), x)
+    rank = tl.zeros([PLACES], tl.int32)
+    for start in range(0, parts * COUNT, 32):  # of equals the first comes first: it has the smaller token
+        j = start + tl.arange(0, 32)
+        rank += _ahead(x, place, tl.load(values_ptr + j, mask=j < parts * COUNT, other=float("-inf")), j)
+    mine = (rank < COUNT) & (place < parts * COUNT)
+    token = tl.load(tokens_ptr + place, mask=mine, other=0)
+    if map_ptr is not None:
+        token = tl.load(map_ptr + token, mask=mine, other=0)
+    tl.store(logp_ptr + row * COUNT + rank, tl.minimum(x - total, 0.0), mask=mine)
+    tl.store(out_ptr + row * COUNT + rank, token, mask=mine)
 
 
 def best(
@@ -102,13 +111,6 @@ def _children(i, count, logp_ptr, logp_p, number_ptr, chance_ptr, W: tl.constexp
     parent = tl.load(number_ptr + i // W, mask=mine, other=0)
     logp = tl.load(logp_ptr + (i // W) * logp_p + i % W, mask=mine, other=float("-inf"))
     return tl.load(chance_ptr + parent) + logp, parent
-
-
-@triton.jit
-def _ahead(chance, i, other, j):
-    """How many of j stand before each i, likeliest first."""
-    before = (other[None, :] > chance[:, None]) | ((other[None, :] == chance[:, None]) & (j[None, :] < i[:, None]))
-    return tl.sum(before.to(tl.int32), 1)
 
 
 @triton.jit(do_not_specialize=["first", "parents", "length", "candidates", "ids_b", "logp_b", "logp_p"])

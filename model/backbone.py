@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import logging
 
 from common.errors import ACCESS, NO_CODE, BadInput, first_line
@@ -164,3 +165,9 @@ def empty_backbone(config, dtype: torch.dtype, trust_remote_code=False) -> PreTr
             # the optimiser would train only one of them.
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
     return backbone
+
+
+def use_liger(model: PreTrainedModel):
+    """Liger's RMSNorm, RoPE and SwiGLU: a kernel each, on a GPU."""
+    # By default Liger would also replace the forward of a whole model by one with its own loss.
+    apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.errors import BadInput
+from model.backbone import use_liger
 
 PREFIX = "prefix."  # of the names of its tensors
 OUTPUTS = ("o_proj", "down_proj")  # of attention and MLP, in LLaMA and its kin
@@ -46,6 +47,11 @@ def make_prefix(backbone: PreTrainedModel, dtype: torch.dtype, device) -> PreTra
     if not same:
         raise BadInput(f"--medusa_prefix_layer: a fresh layer of {name} would change the hidden states: leave it out")
     return prefix.to(device, dtype)
+
+
+def use_liger_in_prefix(prefix: PreTrainedModel):
+    use_liger(prefix)
+    prefix.norm = nn.Identity()  # Liger has put its own forward into it
 
 
 def run_prefix(prefix: PreTrainedModel, hidden: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from conftest import make_backbone, randomise
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, GPT2Config, Qwen3Config
+from transformers.models.llama import modeling_llama
 
 from common.errors import BadInput
 from conversations.targets import IGNORE
 from medusa_model import MedusaConfig, MedusaModel
 from model.heads_file import HEADS_FILE
-from model.prefix import make_prefix, run_prefix
+from model.prefix import make_prefix, run_prefix, use_liger_in_prefix
 
 VOCAB, HIDDEN = 90, 32
 
@@ -194,6 +195,33 @@ def test_other_architectures(config):
 def test_an_architecture_that_it_does_not_know_is_refused(config):
     with pytest.raises(BadInput, match=rf"--medusa_prefix_layer.* of {type(config).__name__[:4]}.*: leave it out"):
         make_prefix(AutoModelForCausalLM.from_config(config), torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_computes_the_same(dtype, monkeypatch):
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # it replaces them for all models
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    prefix = make_prefix(make_backbone(vocab_size=VOCAB), dtype, "cuda")
+    randomise(prefix, 0.2)
+    hidden = torch.randn(2, 7, HIDDEN, device="cuda").requires_grad_()
+
+    def run():
+        out = run_prefix(prefix, hidden).float()
+        names = ["hidden", *dict(prefix.named_parameters())]
+        return out, dict(
+            zip(names, torch.autograd.grad(out.pow(2).sum(), [hidden, *prefix.parameters()]), strict=True)
+        )
+
+    want, grads = run()
+    use_liger_in_prefix(prefix)
+    layer = prefix.layers[0]
+    replaced = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp]
+    assert all(module.forward.__func__ is not type(module).forward for module in replaced)
+    out, found = run()
+    rtol = 1e-5 if dtype == torch.float32 else 3e-2  # bf16: three sums of rounded products lie behind each other
+    for name, (a, b) in {"out": (out, want)} | {name: (found[name], grads[name]) for name in grads}.items():
+        assert (a - b).norm() <= rtol * b.norm(), name
 
 
 @pytest.mark.gpu
