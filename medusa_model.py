@@ -22,13 +22,13 @@ from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone, use_liger
 from model.config import MedusaConfig
 from model.heads import HeadLoss, Path, Teacher, Text, projection_loss, until
-from model.heads_file import HEADS_DIR, HEADS_FILE, TOKEN_MAP, base_of, find_heads, load_heads, save_heads, under
+from model.heads_file import HEADS_FILE, TOKEN_MAP, base_of, find_heads, load_heads, under
 from model.loss import cap, choose_impl
 from model.output import MedusaOutput
 from model.path_heads import HEAD_TYPES, make_heads
 from model.prefix import PREFIX, load_prefix, make_prefix, run_prefix, use_liger_in_prefix
-from model.readable import make_readable
 from model.vocabulary import to_draft, to_full
+from model.writing import write_model
 
 
 class MedusaModel(PreTrainedModel):
@@ -252,24 +252,9 @@ class MedusaModel(PreTrainedModel):
         """
         if not is_main_process:
             return
-        directory = pathlib.Path(save_directory)
-        state_dict = self.state_dict() if state_dict is None else state_dict
         include_backbone = not self.backbone_frozen if include_backbone is None else include_backbone
-        if include_backbone:
-            mine = under("backbone.", state_dict)
-            for name, source in self.backbone.all_tied_weights_keys.items():
-                mine[name] = mine[source]  # gathering untied them, and they would be written twice
-            self.backbone.save_pretrained(directory, state_dict=mine)
-            make_readable(directory)
-        if len(self.medusa_heads) == 0:
-            return
-        config = self.config.to_dict()
-        if include_backbone:
-            config["base_model_name_or_path"] = str(pathlib.Path(final_directory or directory).resolve())
-            directory = directory / HEADS_DIR
-        tokens = {} if self.token_map is None else {TOKEN_MAP: self.token_map}
-        prefix = {name: tensor for name, tensor in state_dict.items() if name.startswith(PREFIX)}
-        save_heads(under("medusa_heads.", state_dict) | prefix | tokens, config, directory)
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        write_model(self, pathlib.Path(save_directory), state_dict, include_backbone, final_directory)
 
     def load_heads(self, state_dict: dict[str, torch.Tensor], source):
         """Loads the tensors of a heads file (without its token_map). source: the file, for errors."""

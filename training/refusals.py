@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.errors import BadInput
 from conversations.sources import is_share_or_number
+from training.part_refusals import about_states
 
 RENAMED = {  # flags of older transformers, which the parser would only call unknown
     "--warmup_ratio": "--warmup_steps 0.1 (a value below 1 is a ratio)",
@@ -277,24 +278,4 @@ def about_steps(model, training) -> tuple:
             for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
         ),
         *((True, f"--report_to {name}: {install(name)}") for name in missing),
-    )
-
-
-def about_states(model, data, training) -> tuple:
-    """Refusals of --states_path: what was decided when the states were stored, and what needs the layers."""
-    if data.states_path is None:
-        return ()
-    names = ("data_path", "eval_data_path", "dataset_config", "train_split", "eval_split", "eval_holdout")
-    decided = [f"--{name}" for name in names if getattr(data, name)]
-    needs = "--medusa_only_heads True (stage 1): stage 2 trains the backbone, and its states change"
-    return (
-        (not training.medusa_only_heads, f"--states_path goes with {needs}"),
-        (
-            bool(decided),
-            f"--states_path has its conversations already, chosen when they were stored: leave out "
-            f"{' and '.join(decided)}",
-        ),
-        (training.fp8_backbone, "--fp8_backbone does nothing with --states_path: no layer of the backbone runs"),
-        (data.lazy_preprocess, "--lazy_preprocess does nothing with --states_path: the rows are tokens already"),
-        (data.packing, "--packing does nothing with --states_path: heads drop padding, and no attention runs"),
     )

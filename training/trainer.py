@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.training_args import OptimizerNames
 
 from common.errors import BadInput
 from conversations.batches import ShuffledSampler
@@ -22,6 +21,7 @@ from model.backbone import decoder_layers
 from model.judge import check_logits, check_packing
 from training import fsdp
 from training.checkpoints import CheckpointingTrainer
+from training.optimiser import groups, optimiser_class
 
 logger = logging.getLogger(__name__)
 
@@ -180,33 +180,9 @@ class MedusaTrainer(CheckpointingTrainer):
         """Up to four parameter groups: heads or backbone, with or without weight decay; no frozen weights."""
         if self.optimizer is not None:
             return self.optimizer
-        model, optim = self.model if model is None else model, OptimizerNames(self.args.optim).value
-        try:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-        except ImportError as error:
-            raise BadInput(f"--optim {optim} needs a package that is missing: {error}") from error
-        except ValueError as error:
-            raise BadInput(f"--optim_args {self.args.optim_args} are not name=value,name=value: {error}") from error
-        if kwargs.keys() & {"params", "model", "optimizer_dict"}:
-            raise BadInput(f"--optim {optim} makes its own parameter groups: choose an AdamW, Adafactor or SGD")
-        if self.is_fsdp_enabled and optim == "adafactor":
-            raise BadInput(f"--optim {optim} cannot work on FSDP's shards of a weight: choose an AdamW or SGD")
-        decays = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(("backbone." not in name, name in decays), []).append(parameter)
-        self.optimizer = cls(
-            [
-                {
-                    "params": parameters,
-                    "lr": self.args.learning_rate * (self.args.medusa_lr_multiplier if is_head else 1.0),
-                    "weight_decay": self.args.weight_decay if decay else 0.0,
-                }
-                for (is_head, decay), parameters in groups.items()
-            ],
-            **kwargs,
-        )
+        model, sharded = self.model if model is None else model, self.is_fsdp_enabled
+        cls, kwargs = optimiser_class(self.args, sharded, lambda: self.get_optimizer_cls_and_kwargs(self.args, model))
+        self.optimizer = cls(groups(self.args, model, set(self.get_decay_parameter_names(model))), **kwargs)
         return self.optimizer
 
     def train_sampler(self, dataset):
