@@ -54,7 +54,8 @@ class FlopCount:
         embeddings of a path (hydra) count 4, as those need no gradient; a markov head's table is in no product. 2 more
         per weight of the teacher if the lm_head teaches: it has as many tokens as the head. (With a draft vocabulary,
         rows whose target is outside of it count too, though they cost nothing: a few in a hundred.)
-    backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains. A prefix layer always trains, and
+    backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains, 2 for one with adapters (3 with
+        --preserve_coefficient). A prefix layer always trains, and
         is in per_token and per_pair so often that it comes to 3.
     """
 
@@ -68,20 +69,27 @@ class FlopCount:
         """For a MedusaModel; LLaMA-3-8B: 13.96 GFLOP a token, 0.52 MFLOP a pair, 3.25 GFLOP a row."""
         decoder, config = model.backbone.get_decoder(), model.backbone.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        lm_head = 0 if model.backbone_frozen else model.lm_head.weight.numel()
+        lm_head = 0 if model.backbone_frozen else 6.0 * model.lm_head.weight.numel()
         teaches, passes = model.medusa_loss != "ce", 1 if model.backbone_frozen else 3
+        layers: float = config.num_hidden_layers
+        if not model.backbone_frozen and not model.lm_head.weight.requires_grad:  # adapters
+            # No gradient of the backbone's own weights. That of its activations is as much as the forward pass, and in
+            # attention, where no weights are, twice that. To preserve, one more forward pass, and three more products.
+            passes = 2 + model.preserves
+            layers *= (passes + 1) / passes
+            lm_head *= (4 + 6 * model.preserves) / 6
 
         def weights(module) -> int:
             return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
-        prefix, layers = 0.0, config.num_hidden_layers
+        prefix = 0.0
         if model.prefix is not None:  # it trains, whether the backbone does or not
             prefix, layers = weights(model.prefix) * 3 / passes, layers + 3 / passes
         return cls(
             per_token=2.0 * (weights(decoder) + prefix),
             per_pair=4.0 * layers * config.num_attention_heads * head_dim,
             per_row=[
-                6.0 * lm_head,
+                lm_head,
                 *(
                     cls.of_head(head, model.lm_head.in_features)
                     + 2.0 * teaches * head.projection.out_features * model.lm_head.in_features

@@ -10,14 +10,15 @@ head 0 and predicts the token at t + 1. A head is n ResBlocks and its own projec
 vocabulary (model/vocabulary.py); other types of heads know the tokens before their guess too (model/path_heads.py).
 """
 
+import functools
 import os
 import pathlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from common.errors import BadInput
 from conversations.targets import count_rows, shifted_targets
 from model.backbone import check_backbone, load_backbone, use_liger
 from model.config import MedusaConfig
@@ -53,6 +54,7 @@ class MedusaModel(PreTrainedModel):
             setattr(config, name, getattr(text_config, name, None))
         self.loss_impl, self.has_liger = "torch", False  # until choose_kernels()
         self.medusa_loss = "ce"  # of the heads: against the next tokens; kl, lk: against the backbone's distribution
+        self.preserves = False  # whether head_loss(K + 1) is how far adapters took the backbone from itself
         self.backbone_frozen = False
         units = [*(backbone._no_split_modules or [])]  # of FSDP
         self._no_split_modules = units + [kind.__name__] * (config.medusa_num_heads > 0)
@@ -67,14 +69,7 @@ class MedusaModel(PreTrainedModel):
         lm_head = backbone.get_output_embeddings()
         check_backbone(backbone, lm_head)
         vocab_size, hidden_size = lm_head.weight.shape
-        for size, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
-            if getattr(config, size) not in (None, value):
-                raise BadInput(
-                    f"the heads were made for {size} {getattr(config, size)}, but the backbone "
-                    f"{backbone.name_or_path or type(backbone).__name__} has {value}: use the backbone they were "
-                    "trained on"
-                )
-            setattr(config, size, value)
+        config.set_sizes(vocab_size, hidden_size, backbone.name_or_path or type(backbone).__name__)
         if config.base_model_name_or_path is None:
             name = backbone.name_or_path or ""
             config.base_model_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
@@ -158,9 +153,27 @@ class MedusaModel(PreTrainedModel):
             return None
         return Path(ids, self.backbone.get_input_embeddings()(ids).detach() if self.reads_embeds else None)
 
-    def head_loss(self, k: int, hidden, seen, labels, text: Text | None, position_ids=None) -> HeadLoss:
+    def original(self, read: Callable, *args, **kwargs) -> torch.Tensor | None:
+        """hidden `[B, T, H]` of the backbone without its adapters; None if nothing is compared with it. read: ours, or
+        where FSDP2's root is in its forward, the class's."""
+        if not self.preserves:
+            return None
+        from model.lora import adapters_off  # not at the top: peft is slow to import, and few need it
+
+        with torch.no_grad(), adapters_off(self.backbone):
+            return read(*args, **kwargs)[0]
+
+    @property
+    def num_losses(self) -> int:
+        """Of head_loss: K + 1, and one more if the backbone is to stay what it was."""
+        return len(self.medusa_heads) + 1 + self.preserves
+
+    def head_loss(self, k: int, hidden, seen, labels, text: Text | None, position_ids=None, original=None) -> HeadLoss:
         """Head k's loss on (unshifted) labels `[B, T]`; k = 0 is the backbone's `lm_head`. hidden `[B, T, H]` and text
-        are what `read` gave, seen `[B, T, H]` what `for_heads` made of it."""
+        are what `read` gave, seen `[B, T, H]` what `for_heads` made of it. k = K + 1: KL(p || q) in head 0's rows, of
+        the backbone's distributions without adapters (p, from `original`) and with them (q)."""
+        if k > len(self.medusa_heads):
+            return self.lm_head_loss(hidden, shifted_targets(labels, 1, position_ids), original)
         targets = shifted_targets(labels, k + 1, position_ids)
         if k > 0:
             teacher = None
@@ -178,8 +191,10 @@ class MedusaModel(PreTrainedModel):
         weight = self.lm_head.weight.detach()
         return weight if self.token_map is None else weight[self.token_map]
 
-    def lm_head_loss(self, hidden, targets) -> HeadLoss:
-        return projection_loss(hidden, targets, self.lm_head.weight, self.loss_impl, self.softcap)
+    def lm_head_loss(self, hidden, targets, original=None) -> HeadLoss:
+        weight = self.lm_head.weight
+        teacher = None if original is None else Teacher("kl", original, weight, 0)
+        return projection_loss(hidden, targets, weight, self.loss_impl, self.softcap, teacher=teacher)
 
     def forward(
         self,
@@ -196,16 +211,17 @@ class MedusaModel(PreTrainedModel):
         """Runs all heads forward; the caller runs one backward. training/trainer.py does one head after the other
         instead where it can, to save memory. input_ids, attention_mask, position_ids and labels are `[B, T]`.
 
-        head_weights: K+1 weights of the heads in the loss. Default: 1, but 0 for head 0 if the backbone is frozen.
+        head_weights: `num_losses` weights of the losses. Default: 1, but 0 for head 0 if the backbone is frozen.
             Head 0 is not computed if its weight is 0.
-        rows: `[K+1]` row counts of the whole optimiser step, at least 1, to divide the summed losses by. Default: this
-            batch's.
+        rows: `[num_losses]` row counts of the whole step, at least 1, to divide the sums by. Default: this batch's.
         own_logits: without labels: `[2, B, T, V]`, head 0's logits and the backbone's own (model/judge.py).
         Heads that read the path to their guess are given the one of input_ids. Their logits mean nothing where it
         would leave the row or, in packed rows, the conversation.
         """
         # The class's method: under FSDP2 the instance's own gathers the root unit's weights, which are whole here.
-        hidden, text = MedusaModel.read(self, input_ids, attention_mask, position_ids, hidden)
+        read = functools.partial(MedusaModel.read, self)
+        original = None if labels is None else self.original(read, input_ids, attention_mask, position_ids)
+        hidden, text = read(input_ids, attention_mask, position_ids, hidden)
         if output_hidden:
             return MedusaOutput(last_hidden_state=hidden)
         if own_logits:
@@ -220,14 +236,13 @@ class MedusaModel(PreTrainedModel):
                 for k, head in enumerate(self.medusa_heads, 1)
             ]
             return MedusaOutput(logits=torch.stack([lm_logits, *heads]))
-        num_heads = len(self.medusa_heads)
-        head_weights = head_weights or [0.0 if self.backbone_frozen else 1.0] + [1.0] * num_heads
+        head_weights = head_weights or [0.0 if self.backbone_frozen else 1.0] + [1.0] * (self.num_losses - 1)
         first = 1 if head_weights[0] == 0 else 0
-        sums = torch.zeros(num_heads + 1, 3, dtype=torch.float64, device=hidden.device)
-        losses = sums.new_full((num_heads + 1,), torch.nan, dtype=torch.float32)
+        sums = torch.zeros(self.num_losses, 3, dtype=torch.float64, device=hidden.device)
+        losses = sums.new_full((len(sums),), torch.nan, dtype=torch.float32)
         total = sums.new_zeros((), dtype=torch.float32)
-        for k in range(first, num_heads + 1):
-            out = self.head_loss(k, hidden, seen, labels, text, position_ids)
+        for k in range(first, len(sums)):
+            out = self.head_loss(k, hidden, seen, labels, text, position_ids, original)
             out.add_to(sums[k])
             loss = out.loss_sum / (max(1, out.rows) if rows is None else rows[k])
             losses[k] = loss.detach()
@@ -258,8 +273,8 @@ class MedusaModel(PreTrainedModel):
 
     def load_heads(self, state_dict: dict[str, torch.Tensor], source):
         """Loads the tensors of a heads file (without its token_map). source: the file, for errors."""
-        heads = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PREFIX)}
         # Heads that share the lm_head have no projections there: they keep the copies that they started as.
+        heads = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PREFIX)}
         self.medusa_heads.load_state_dict(self.medusa_heads.state_dict() | heads)
         load_prefix(self.prefix, under(PREFIX, state_dict), source)
 

@@ -47,7 +47,8 @@ def main():
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(name, model_args.chat_template, **access)
     length, stage_1 = data_args.model_max_length, training_args.medusa_only_heads
-    check_before_data(name, tokenizer, length, trains_backbone=not stage_1, **access)
+    adapts = training_args.lora_rank is not None
+    check_before_data(name, tokenizer, length, trains_backbone=not stage_1, adapts=adapts, **access)
     chat = ChatTemplate(tokenizer, load_stops(name, **access), parse_kwargs(model_args.chat_template_kwargs), date)
     train_data, eval_data = load_data(model_args, data_args, training_args, chat)
     if data_args.show_data:

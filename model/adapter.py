@@ -14,6 +14,17 @@ from common.files import read_json
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LORA = "lora_"  # what peft's names of tensors have behind the layer's
+
+
+def has_lora(backbone: torch.nn.Module) -> bool:
+    """Whether it has adapters that are not merged: those of model/lora.py."""
+    return "peft_config" in vars(backbone)
+
+
+def trained_only(state_dict: dict) -> dict:
+    """Without the backbone's own tensors, which adapters leave as they are. Its names begin with `backbone.`."""
+    return {name: value for name, value in state_dict.items() if not name.startswith("backbone.") or LORA in name}
 
 
 def base_of_adapter(directory: str) -> str | None:

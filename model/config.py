@@ -3,6 +3,8 @@
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
+from common.errors import BadInput
+
 
 class MedusaConfig(PreTrainedConfig):
     """Of the heads alone. `MedusaModel.from_backbone` fills in the sizes."""
@@ -23,6 +25,16 @@ class MedusaConfig(PreTrainedConfig):
         """H, V' (V without a draft vocabulary) and the number of ResBlocks."""
         assert self.hidden_size is not None and self.vocab_size is not None
         return self.hidden_size, self.medusa_vocab_size or self.vocab_size, self.medusa_num_layers
+
+    def set_sizes(self, vocab_size: int, hidden_size: int, backbone: str):
+        """Those of the backbone of this name. Raises BadInput if the heads were made for others."""
+        for size, value in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+            if getattr(self, size) not in (None, value):
+                raise BadInput(
+                    f"the heads were made for {size} {getattr(self, size)}, but the backbone {backbone} has {value}: "
+                    "use the backbone they were trained on"
+                )
+            setattr(self, size, value)
 
     def to_dict(self) -> dict:
         # Only what describes the heads. TGI recognises a Medusa directory by the absence of `architectures`.

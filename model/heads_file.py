@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import BadInput
 from common.files import write_atomically
 from model import foreign
+from model.adapter import CONFIG
 from model.config import MedusaConfig
 from model.foreign import TOKEN_MAP, Foreign
 from model.path_heads import HEAD_TYPES, make_heads
@@ -62,7 +63,7 @@ def find_heads(directory) -> tuple[Path, Path | None]:
     directory = Path(directory)
     if (directory / HEADS_DIR / HEADS_FILE).is_file():
         return directory / HEADS_DIR, directory
-    if directory.name == HEADS_DIR and (directory.parent / "config.json").is_file():
+    if directory.name == HEADS_DIR and any((directory.parent / name).is_file() for name in ("config.json", CONFIG)):
         return directory, directory.parent
     if not directory.is_dir():
         raise BadInput(

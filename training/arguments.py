@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from common.errors import BadInput
 from conversations.options import parse_kwargs
 from model.path_heads import HEAD_TYPES
+from training.lora_arguments import LoraArguments
 from training.refusals import refuse, refuse_renamed
 from training.states import read_index
 
@@ -41,9 +42,7 @@ class ModelArguments:
     )
     medusa_prefix_layer: bool | None = field(
         default=None,
-        metadata={
-            "help": "One more decoder layer between backbone and heads, which trains with them (docs/heads.md)."
-        },
+        metadata={"help": "One more decoder layer between backbone and heads, trained with them (docs/heads.md)."},
     )
     medusa_heads_path: str | None = field(
         default=None,
@@ -162,7 +161,7 @@ class DataArguments(ConversationArguments):
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(LoraArguments, transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
     output_dir: str = computed(
         "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."
@@ -205,7 +204,7 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     learning_rate: float = computed(
-        "Of the backbone; times --medusa_lr_multiplier, of the heads. Default: 1e-3 in stage 1, else 1e-5."
+        "Of the backbone; times --medusa_lr_multiplier, of the heads. Default: stage 1 1e-3, 2 1e-5, by LoRA 1e-4."
     )
     medusa_lr_multiplier: float = computed(
         "The heads' learning rate over --learning_rate. Default: 1 in stage 1, else what gives them 5e-4, but at "
@@ -236,9 +235,9 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         self.check_gpus()
         stage_1 = self.medusa_only_heads
-        # Stage 1: as in the original Medusa recipe. Stage 2: a common rate for full fine-tuning.
+        # Stage 1: as in the original Medusa recipe. Stage 2: common rates for full fine-tuning, and for adapters.
         if self.learning_rate is None:
-            self.learning_rate = 1e-3 if stage_1 else 1e-5
+            self.learning_rate = 1e-3 if stage_1 else 1e-5 if self.lora_rank is None else 1e-4
         if self.medusa_lr_multiplier is None:  # 5e-4 for heads that are fresh beside a trained backbone
             self.medusa_lr_multiplier = 1.0 if stage_1 else max(1.0, 5e-4 / (self.learning_rate or 5e-4))
         if self.output_dir is not None:

@@ -12,6 +12,7 @@ from torch import nn
 from callback import peak_process_gib
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
+from model.adapter import CONFIG
 from model.backbone import (
     empty_backbone,
     has_experts,
@@ -23,6 +24,7 @@ from model.backbone import (
 )
 from model.heads_file import HEADS_FILE, TOKEN_MAP, find_heads, load_config, load_heads
 from training.fsdp import reads_weights
+from training.lora_arguments import LoraArguments
 from training.states import check_model, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ def build_model(
     where = {"cache_dir": training_args.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     config = load_backbone_config(model_args.model_name_or_path, **where)
     reads = reads_weights(config, training_args)
-    dtype = frozen if training_args.medusa_only_heads else trainable
+    lora = training_args.lora_rank
+    dtype = frozen if training_args.medusa_only_heads or lora else trainable
     stored = data_args.states_path is not None
     if not reads:
         config = without_layers(config) if stored else config
@@ -94,6 +97,8 @@ def build_model(
         put_heads(model, heads_dir, reads)
     if training_args.medusa_only_heads:
         model.freeze_backbone()
+    if lora:
+        adapt(model, training_args, trainable, training_args.seed)
     if training_args.fp8_backbone:
         from training.fp8 import use_fp8  # not at the top: it needs Triton
 
@@ -105,6 +110,17 @@ def build_model(
     memory = [f"{gib:.1f}" for gib in gather_object([peak_process_gib()])]
     logger.info("the model is built; each process had at most %s GiB of CPU memory", ", ".join(memory))
     return model
+
+
+def adapt(model: MedusaModel, args: LoraArguments, dtype: torch.dtype | None = None, seed: int = 0):
+    """Puts the adapters into the backbone that the flags ask for. dtype: of their weights (default: the backbone's).
+    seed: of their first values."""
+    assert args.lora_rank is not None
+    from model.lora import add_lora  # not at the top: peft takes a second to import, and few need it
+
+    alpha, targets = args.lora_alpha or 2 * args.lora_rank, args.lora_target_modules or ()
+    add_lora(model.backbone, args.lora_rank, alpha, args.lora_dropout or 0.0, targets, dtype, seed)
+    model.preserves = args.preserves
 
 
 def warn_of_memory(model: MedusaModel, device_bytes: int):
@@ -119,10 +135,17 @@ def warn_of_memory(model: MedusaModel, device_bytes: int):
         )
 
 
-def check_before_data(name_or_path: str, tokenizer, max_length: int | None, trains_backbone=False, **where):
+def check_before_data(
+    name_or_path: str, tokenizer, max_length: int | None, trains_backbone=False, adapts=False, **where
+):
     """Raises BadInput for what the backbone's config alone shows, before conversations are tokenised and gigabytes
     are read: it cannot have heads, or not this stage; it has fewer embeddings than the tokenizer has tokens, or fewer
     positions than --model_max_length. where: cache_dir and trust_remote_code."""
+    if adapts and os.path.isfile(os.path.join(name_or_path, CONFIG)):
+        raise BadInput(
+            f"--lora_rank: {name_or_path} is an adapter already; merge it first: python export.py {name_or_path} --to "
+            "peft-merged --output DIRECTORY, or give --model_name_or_path the model that it is of"
+        )
     backbone = meta_backbone(name_or_path, **where)
     if trains_backbone and has_experts(backbone):
         raise BadInput(

@@ -1,5 +1,35 @@
 """Refusals of one part each of train.py, for training/refusals.py: (applies, sentence)."""
 
+import math
+import os
+
+from accelerate.utils import parse_flag_from_env
+
+from training.lora_arguments import NAMES
+
+
+def about_lora(training) -> tuple:
+    """Refusals of adapters, and of their flags where there are none."""
+    rank, dropout, alpha = training.lora_rank, training.lora_dropout, training.lora_alpha
+    if rank is None:
+        given = [name for name in NAMES[1:] if getattr(training, name) is not None]
+        return ((bool(given), f"--{given[0] if given else ''} is of adapters: it goes with --lora_rank, in stage 2"),)
+    sharded_by_1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1"
+    return (
+        (
+            training.medusa_only_heads,
+            "--lora_rank adapts the backbone, and --medusa_only_heads True (stage 1) freezes it: leave one out",
+        ),
+        (rank < 1, f"--lora_rank {rank}: at least 1"),
+        (alpha is not None and alpha < 1, f"--lora_alpha {alpha}: at least 1"),
+        (dropout is not None and not 0 <= dropout < 1, f"--lora_dropout {dropout}: at least 0, and below 1"),
+        (
+            training.preserve_coefficient is not None and not 0 <= training.preserve_coefficient < math.inf,
+            f"--preserve_coefficient {training.preserve_coefficient}: 0 or more",
+        ),
+        (sharded_by_1, "--lora_rank needs FSDP2: FSDP1 cannot keep weights that train with others in a unit"),
+    )
+
 
 def about_states(model, data, training) -> tuple:
     """Refusals of --states_path: what was decided when the states were stored, and what needs the layers."""

@@ -16,8 +16,10 @@ from transformers.training_args import OptimizerNames
 from common import provenance
 from common.errors import BadInput
 from common.files import read_json
+from model.adapter import WEIGHTS
 from model.heads_file import HEADS_DIR, HEADS_FILE
 from training.checkpoints import INCOMPLETE, RUN_FILE, read_run
+from training.lora_arguments import NAMES as LORA
 from training.states import StoredRows
 from training.vocabulary import arrow_columns
 
@@ -35,7 +37,7 @@ APPLIED = (
     *("num_train_epochs", "medusa_heads_coefficient", "medusa_decay_coefficient", "medusa_scheduler"),
 )
 
-RESULTS = (HEADS_FILE, HEADS_DIR, "config.json", "model.safetensors", "model.safetensors.index.json")
+RESULTS = (HEADS_FILE, HEADS_DIR, WEIGHTS, "config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 def describe(model_args, data_args, training_args) -> dict:
@@ -60,6 +62,7 @@ def describe(model_args, data_args, training_args) -> dict:
         "lazy_preprocess": data_args.lazy_preprocess,
         "optim": OptimizerNames(training_args.optim).value,
         "lr_scheduler_type": SchedulerType(training_args.lr_scheduler_type).value,
+        **{name: getattr(training_args, name) for name in LORA},
     }
 
 
@@ -135,7 +138,7 @@ def check_same_run(checkpoint: Path, found: dict, asked: dict):
     """Raises BadInput if the run of the checkpoint (`found`, its run.json) is not the run that the flags ask for."""
     # Older checkpoints do not say the first four; the others are only said if there are such.
     older = {"medusa_loss": "ce", "medusa_rows": "answers", "medusa_head_type": "medusa", "medusa_prefix_layer": False}
-    found = older | {"medusa_vocab_size": None, "medusa_rank": None} | found
+    found = older | dict.fromkeys(("medusa_vocab_size", "medusa_rank", *LORA)) | found
     old = [key for key in ("batch", "data", "save_only_model", "model_name_or_path") if key not in found]
     if old:
         raise BadInput(f"{checkpoint / RUN_FILE} does not say {old[0]}: it is of another version, or was edited")

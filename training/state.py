@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from common.errors import BadInput, first_line
+from model.adapter import has_lora, trained_only
 from model.heads import MedusaHeads
 from model.heads_file import TOKEN_MAP, under
 from model.prefix import PREFIX
@@ -38,6 +39,8 @@ def _state(model, optimizer, weights: bool) -> dict:
     state: dict[str, Any] = {}
     if weights:
         state["model"] = get_model_state_dict(model)
+        if adapted(model):  # all else is the model that the run began with
+            state["model"] = trained_only(state["model"])
         (heads,) = (module for module in model.modules() if isinstance(module, MedusaHeads))
         if heads.token_map is not None:  # as it is the buffer itself, loading writes into that
             state["heads"] = {TOKEN_MAP: heads.token_map}
@@ -58,9 +61,14 @@ def load_state(directory: Path, model, optimizer, weights: bool):
     with reading(directory):
         dcp.load(state, storage_reader=Reader(directory), planner=Planner())
     if weights:
-        set_model_state_dict(model, state["model"])
+        set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not adapted(model)))
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=FLAT)
+
+
+def adapted(model) -> bool:
+    """Whether the backbone, wrapped or not, has adapters and keeps its own weights."""
+    return any(map(has_lora, model.modules()))
 
 
 def saved_token_map(directory: Path, size: int) -> torch.Tensor:
@@ -108,13 +116,16 @@ def trained_parts(medusa) -> dict[str, torch.nn.Module]:
 def whole_weights(model, medusa, device: torch.device) -> dict[str, Any]:
     """Whole tensors by name on the CPU of rank 0 (none elsewhere), gathered one at a time; called on every process.
 
-    With a frozen backbone these are the heads' only, and the backbone is not gathered.
+    With a frozen backbone these are the heads' only, with adapters theirs too: no more is gathered.
     """
     # On a CPU, FSDP1's own move to the CPU crashes (torch 2.13). Without it every process gets a copy.
     to_rank_0 = device.type != "cpu" or not isinstance(model, FullyShardedDataParallel)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0)
     if not medusa.backbone_frozen:
-        return get_model_state_dict(model, options=whole)
+        if not has_lora(medusa.backbone):
+            return get_model_state_dict(model, options=whole)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0, ignore_frozen_params=True)
+        return trained_only(get_model_state_dict(model, options=options))  # tied weights have a second name
     return {
         begin + name: tensor
         for begin, part in trained_parts(medusa).items()

@@ -1,8 +1,9 @@
 """What the HF Trainer lacks for Medusa heads: one head after the other, exact means, learning-rate groups.
 
-Loss of an optimiser step: L = [stage 2: L_0] + lambda_0 * sum_k lambda_k * L_k. L_k is the mean over head k's rows in
-the whole step (all micro-batches, all ranks). So one batch of 8, two micro-batches of 4 and two processes of 4 give
-the same update, however long the conversations are.
+Loss of an optimiser step: L = [stage 2: L_0] + lambda_0 * sum_k lambda_k * L_k + [adapters: c * KL]. L_k is the mean
+over head k's rows in the whole step (all micro-batches, all ranks), and KL, of --preserve_coefficient, over head 0's.
+So one batch of 8, two micro-batches of 4 and two processes of 4 give the same update, however long the conversations
+are.
 """
 
 import contextlib
@@ -37,8 +38,9 @@ class MedusaTrainer(CheckpointingTrainer):
         if meter is not None:
             self.add_callback(meter)
         self.num_heads = len(self.medusa.medusa_heads)
-        # Per head: summed loss, right guesses, rows, over the steps since the last log.
-        self.window = torch.zeros(self.num_heads + 1, 3, dtype=torch.float64, device=self.args.device)
+        self.names = [f"head_{k}" for k in range(self.num_heads + 1)] + ["preserve"] * self.medusa.preserves
+        # Per loss: its sum, right guesses, rows, over the steps since the last log.
+        self.window = torch.zeros(self.medusa.num_losses, 3, dtype=torch.float64, device=self.args.device)
         self.step_sums = torch.zeros_like(self.window)  # the same over the current step
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
@@ -62,11 +64,12 @@ class MedusaTrainer(CheckpointingTrainer):
 
     # ---- the loss ----
     def head_weights(self, progress: float = 1.0) -> list[float]:
-        """The weight of each head's loss (index = head) after `progress` (0 to 1) of the training."""
+        """The weight of each loss (index = head) after `progress` (0 to 1) of the training."""
         ramp = {"constant": 1.0, "linear": progress, "sine": math.sin(progress * math.pi / 2)}
         lambda_0 = self.args.medusa_heads_coefficient * ramp[self.args.medusa_scheduler]
         backbone = 0.0 if self.medusa.backbone_frozen else 1.0
-        return [backbone] + [lambda_0 * self.args.medusa_decay_coefficient**k for k in range(1, self.num_heads + 1)]
+        heads = [lambda_0 * self.args.medusa_decay_coefficient**k for k in range(1, self.num_heads + 1)]
+        return [backbone, *heads] + [self.args.preserve_coefficient or 0.0] * self.medusa.preserves
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, and the number of rows per head in all of them, on all ranks."""
@@ -83,7 +86,8 @@ class MedusaTrainer(CheckpointingTrainer):
         # would idle until the first layers of the next one are launched.
         if self.meter is not None:
             self.meter.count(counts)
-        return batches, counts[: self.num_heads + 1].clamp(min=1)
+        rows = counts[: self.num_heads + 1].clamp(min=1)
+        return batches, torch.cat([rows, rows[:1]]) if self.medusa.preserves else rows
 
     def _mask_repeated(self, batch: dict, dataset):
         """Masks the labels of repeated conversations. If an epoch's last batch is not full, accelerate fills it with
@@ -103,7 +107,7 @@ class MedusaTrainer(CheckpointingTrainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch forward and backward; returns its share of the step's loss.
 
-        num_items_in_batch: `[K+1]`, rows per head in the whole step (at least 1), from `get_batch_samples`.
+        num_items_in_batch: `[num_losses]`, rows per loss in the whole step (at least 1), from `get_batch_samples`.
         """
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):  # schedule-free optimisers
@@ -129,6 +133,7 @@ class MedusaTrainer(CheckpointingTrainer):
         if self.args.offload_activations:
             offload = torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
         with self.accelerator.autocast(), offload:
+            original = medusa.original(medusa.read, inputs["input_ids"], position_ids=position_ids)
             stored = inputs.get("hidden")  # --states_path
             hidden, text = medusa.read(inputs["input_ids"], position_ids=position_ids, hidden=stored)
         leaf = hidden.detach().requires_grad_(not medusa.backbone_frozen)
@@ -136,11 +141,13 @@ class MedusaTrainer(CheckpointingTrainer):
             prefixed = medusa.for_heads(leaf, position_ids=position_ids)
         seen = leaf if medusa.prefix is None else prefixed.detach().requires_grad_()
         joint = []  # losses whose backward pass runs together with the backbone's
-        for k in range(1 if medusa.backbone_frozen else 0, self.num_heads + 1):
-            with_backbone = k == 0 and fsdp.lm_head_in_root_unit(medusa)
-            fsdp.gather(medusa.medusa_heads[k - 1] if k else medusa.lm_head)
+        for k in range(1 if medusa.backbone_frozen else 0, medusa.num_losses):
+            of_lm_head = k in (0, self.num_heads + 1)
+            with_backbone = of_lm_head and fsdp.lm_head_in_root_unit(medusa)
+            fsdp.gather(medusa.lm_head if of_lm_head else medusa.medusa_heads[k - 1])
             with self.accelerator.autocast():
-                out = medusa.head_loss(k, hidden if with_backbone else leaf, seen, labels, text, position_ids)
+                read = hidden if with_backbone else leaf
+                out = medusa.head_loss(k, read, seen, labels, text, position_ids, original)
             scaled = out.loss_sum * weights[k] / rows[k]
             if with_backbone:
                 joint.append(scaled)
@@ -167,10 +174,11 @@ class MedusaTrainer(CheckpointingTrainer):
 
     def _stop_if_not_finite(self):
         """Called before the optimiser's step: a NaN in any micro-batch would spoil every weight."""
-        for k, value in enumerate(self.step_sums[:, 0].tolist()):
+        for name, value in zip(self.names, self.step_sums[:, 0].tolist(), strict=True):
             if not math.isfinite(value):
+                what = name.replace("_", " ")
                 raise FloatingPointError(
-                    f"step {self.state.global_step + 1}: the loss of head {k} is {value}. Nothing was saved after the "
+                    f"step {self.state.global_step + 1}: the loss of {what} is {value}. Nothing was saved after the "
                     f"last checkpoint in {self.args.output_dir}, if there is one: lower --learning_rate (or "
                     "--medusa_lr_multiplier) or add warm-up, and go on from it with --resume_from_checkpoint True"
                 )
@@ -197,9 +205,11 @@ class MedusaTrainer(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each head's loss and top-1 accuracy, and the meter's figures, to every training log."""
         if "loss" in logs:
-            for k, (loss, correct, rows) in enumerate(self.accelerator.reduce(self.window).tolist()):
+            for name, (loss, correct, rows) in zip(
+                self.names, self.accelerator.reduce(self.window).tolist(), strict=True
+            ):
                 if rows:
-                    logs |= {f"head_{k}_loss": loss / rows, f"head_{k}_top1": correct / rows}
+                    logs |= {f"{name}_loss": loss / rows, f"{name}_top1": correct / rows}
             self.window.zero_()
             if self.meter is not None:
                 logs |= self.meter.window()
@@ -225,10 +235,12 @@ class MedusaTrainer(CheckpointingTrainer):
         fsdp.keep_whole_between_forward_and_backward(self.medusa, True)
         metrics: dict[str, float] = {}
         total, weights = 0.0, self.head_weights()
-        for k, (loss, correct, rows) in enumerate(self.accelerator.reduce(sums).tolist()):
+        for name, weight, (loss, correct, rows) in zip(
+            self.names, weights, self.accelerator.reduce(sums).tolist(), strict=True
+        ):
             mean, top1 = loss / max(1, rows), correct / max(1, rows)
-            metrics |= {f"{metric_key_prefix}_head_{k}_loss": mean, f"{metric_key_prefix}_head_{k}_top1": top1}
-            total += weights[k] * mean
+            metrics |= {f"{metric_key_prefix}_{name}_loss": mean, f"{metric_key_prefix}_{name}_top1": top1}
+            total += weight * mean
         metrics = {f"{metric_key_prefix}_loss": total} | metrics
         predictions = cast(Any, None)  # annotated as an array, but the Trainer too gives None if it keeps no logits
         return EvalLoopOutput(predictions, None, metrics, self.num_examples(dataloader))

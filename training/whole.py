@@ -5,7 +5,9 @@ from pathlib import Path
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import load_backbone
+from training.build import adapt
 from training.checkpoints import RUN_FILE, STATE_DIR, read_run
+from training.lora_arguments import NAMES, LoraArguments
 from training.state import load_state, saved_dtype, saved_token_map
 
 
@@ -29,5 +31,7 @@ def model_of(directory, base_model: str | None = None) -> MedusaModel:
     kind |= {key: run[key] for key in ("medusa_rank", "medusa_prefix_layer") if run.get(key) is not None}
     backbone = load_backbone(name, dtype=saved_dtype(checkpoint / STATE_DIR))
     model = MedusaModel.from_backbone(backbone, MedusaConfig(**kind), token_map=token_map)
+    if run.get("lora_rank"):
+        adapt(model, LoraArguments(**{name: run.get(name) for name in NAMES}))
     load_state(checkpoint / STATE_DIR, model, None, weights=True)
     return model.eval()
