@@ -198,6 +198,7 @@ def write_no_rows(root: Path):
 
 
 STAGE_1, STAGE_2 = {"--medusa_only_heads": True}, {"--medusa_only_heads": False}
+LORA = {"--lora_rank": 4, "--preserve_coefficient": 3.0}
 NO_ROWS = {
     "--data_path": "no_rows.jsonl", "--chat_template": "plain.jinja", "--train_sampling_strategy": "sequential",
     "--model_max_length": 12, "--medusa_num_heads": 3, "--medusa_heads_path": None, "--max_steps": 4,
@@ -260,6 +261,8 @@ CASES = {
     "prefix, tied, packing": STAGE_2 | PREFIX | TIED | {"--packing": True, "--model_max_length": 96},
     "prefix, checkpointing": STAGE_2 | PREFIX | {"--gradient_checkpointing": True},
     "prefix, states": STAGE_1 | PREFIX | STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
+    "lora": STAGE_2 | LORA | {"--gradient_accumulation_steps": 2, "--gradient_checkpointing": True},
+    "lora, tied": STAGE_2 | LORA | TIED | {"--medusa_loss": "kl", "--lora_target_modules": "q_proj"},
     "hydra, states, tied": STAGE_1 | HYDRA | TIED_STATES | {"--medusa_loss": "kl", "--medusa_heads_coefficient": 1},
 }
 NO_DIFFERENCE = dict.fromkeys(

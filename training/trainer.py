@@ -144,7 +144,7 @@ class MedusaTrainer(CheckpointingTrainer):
         for k in range(1 if medusa.backbone_frozen else 0, medusa.num_losses):
             of_lm_head = k in (0, self.num_heads + 1)
             with_backbone = of_lm_head and fsdp.lm_head_in_root_unit(medusa)
-            fsdp.gather(medusa.lm_head if of_lm_head else medusa.medusa_heads[k - 1])
+            fsdp.gather(fsdp.lm_head_unit(medusa) if of_lm_head else medusa.medusa_heads[k - 1])
             with self.accelerator.autocast():
                 read = hidden if with_backbone else leaf
                 out = medusa.head_loss(k, read, seen, labels, text, position_ids, original)

@@ -43,6 +43,8 @@ pytestmark = pytest.mark.processes
         (HSDP, "FSDP2", "stage 2", 3),
         ("FSDP2", "FSDP2", "markov, fresh", 3),
         ("FSDP2", "one process", "markov, stage 2", 6),
+        ("FSDP2", "FSDP2", "lora", 3),
+        ("FSDP2", "one process", "lora, tied", 6),
         ("FSDP2", "FSDP2", "hydra, packing", 3),
         ("FSDP1", "FSDP2", "hydra, stage 2", 3),
     ],
