@@ -13,6 +13,9 @@ own        What the backbone itself answers, greedily, to what comes before each
            what a greedy decoder would yield there, beside what the first half's accuracies had led to expect. With a
            single conversation, that one has to do for both.
 
+Of a stage 2 by LoRA, or with --original MODEL, two more lines compare the backbone with the one it was trained from
+(decoding/drift.py), and a verdict says whether it is still that model: as often right, and no more repetitive.
+
 The figures go to HEADS/accuracy.json, where generate.py and medusa_tree.py read them, and a picture beside it.
 """
 
@@ -22,6 +25,7 @@ import logging
 from collections import Counter
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from common import errors, terminal
@@ -37,12 +41,14 @@ from conversations.summary import Summary
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_tokenizer
 from decoding.acceptance import TOP
-from decoding.accuracy import own_text, reference_text
+from decoding.accuracy import own_answers, own_text, reference_text
 from decoding.decoder import Decoder
+from decoding.drift import Asked, drift, original_of
 from decoding.judge import check_pass
 from decoding.loading import load_model
 from medusa_model import MedusaModel
-from model.backbone import context_length, end_tokens, stop_tokens
+from model.adapter import base_of_adapter
+from model.backbone import context_length, end_tokens, load_backbone, stop_tokens
 from model.heads_file import find_heads, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -68,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=8, help="conversations at once")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of backbone and heads")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
+    add("--original", help="stage 2: the model it began with, to compare with (default: the one an adapter is of)")
     add("--output_json", type=Path, help="write the figures there (default: HEADS/accuracy.json)")
     add_options(parser)
     args = parser.parse_args()
@@ -103,6 +110,16 @@ def first_prompts(conversations, chat: ChatTemplate, longest: int) -> list[list[
     return prompts
 
 
+def original_name(args, stage2: Path | None) -> str | None:
+    """The model that stage 2 began with, as far as it is known. Raises BadInput if there was no stage 2."""
+    if args.original and stage2 is None:
+        raise BadInput(f"--original {args.original}: {args.heads} is of stage 1, whose backbone is what it was")
+    if args.original or stage2 is None:
+        return args.original
+    base = base_of_adapter(str(stage2))
+    return base and (args.base_model or base)
+
+
 def head_names(result: dict) -> list[str]:
     return ["lm_head", *(f"head {k}" for k in range(1, len(result["top"])))]
 
@@ -123,6 +140,11 @@ def report(result: dict) -> str:
         parts.append(table(("own text", "rows", "top-1", "top-5", "top-10"), own_cells))
         trees = (row.values() for row in own["acceptance"])
         parts.append(table(("tree", "nodes", "tokens per pass", "expected"), trees))
+    if found := result.get("drift"):
+        names = [key for key in ("top1", "perplexity", "distinct_4") if key in found]
+        both = (("original", "_original"), ("now", ""))
+        parts.append(table(("lm_head", *names), ((name, *(found[key + end] for key in names)) for name, end in both)))
+        parts.append(found["verdict"])
     return "\n\n".join(parts)
 
 
@@ -148,23 +170,27 @@ def draw(result: dict, path: Path):
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", facecolor="white"))
 
 
-def measure(args, model: MedusaModel, chat: ChatTemplate, data, summary: Summary) -> dict:
-    """The figures of both texts. data: the conversations."""
+def measure(args, model: MedusaModel, original: MedusaModel | None, chat: ChatTemplate, data, summary) -> dict:
+    """The figures of both texts. data: the conversations. original: what the backbone was trained from, or None."""
     context = context_length(model.backbone)
     max_length = choose_length(args.model_max_length, context)
     if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
-        eos = end_tokens(model.backbone)
+        end_tokens(model.backbone)
         check_pass(Decoder(model, [], 1, 1))
     collate = Collator.of(chat.tokenizer)
     min_length = len(model.medusa_heads) + 2
     rows = prepare(data, summary, chat, max_length, min_length, by_length=True)
     logger.info("%s", summary.table())
-    result = reference_text(model, DataLoader(rows, args.batch_size, collate_fn=collate))
+    batches, asked, eos = DataLoader(rows, args.batch_size, collate_fn=collate), None, set[int]()
+    result = reference_text(model, batches)
     if args.max_new_tokens:
         longest = max_length - args.max_new_tokens
         if prompts := first_prompts(data, chat, longest):
-            asked = (args.max_new_tokens, collate, args.batch_size, args.adaptive)
-            result["own"] = own_text(model, prompts, eos, *asked)
+            eos = end_tokens(model.backbone)
+            asked = Asked(prompts, own_answers(model, prompts, args.max_new_tokens, args.batch_size, eos))
+            result["own"] = own_text(model, *asked, args.max_new_tokens, collate, args.batch_size, args.adaptive)
+    if original is not None:
+        result["drift"] = drift(model, original, batches, asked, eos, args.max_new_tokens, collate, args.batch_size)
     return result
 
 
@@ -184,9 +210,12 @@ def main():
         assert held_out is not None
         data, summary = held_out, Summary("the held-out part", len(held_out))
     model = load_model(args.heads, args.base_model, args.dtype)
+    original = None
+    if (name := original_name(args, stage2)) is not None:
+        original = original_of(load_backbone(name, dtype=getattr(torch, args.dtype)), model)
     chat = ChatTemplate(tokenizer, stop_tokens(model.backbone), kwargs)
     result = {"heads": str(directory), "data_path": " ".join(args.data_path)}
-    result |= measure(args, model, chat, data, summary)
+    result |= measure(args, model, original, chat, data, summary)
     print(report(result))
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def whole_model(args):
         model = model_of(args.heads, args.base_model)
     else:
         directory, backbone_dir = find_heads(args.heads)
-        adapter = str(args.base_model or backbone_dir or base_of(MedusaConfig(**load_config(directory)), directory))
+        adapter = str(backbone_dir or args.base_model or base_of(MedusaConfig(**load_config(directory)), directory))
         if base_of_adapter(adapter) is None:
             raise BadInput(f"--to peft-merged: the backbone {adapter} is no peft adapter")
         model = MedusaModel.from_pretrained(args.heads, args.base_model)

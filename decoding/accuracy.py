@@ -161,17 +161,21 @@ def own_trees(model: MedusaModel, prompts, answers, size: Adaptive, collate: Col
     return rows
 
 
-def own_text(
-    model: MedusaModel, prompts, eos: set[int], max_new_tokens: int, collate, batch_size: int, beam: int = 0
-) -> dict:
-    """`rows` and `top` as in `reference_text`, but on the backbone's own answers, and the trees' `acceptance`. Trees
-    are built from the first half of the prompts and measured on the second. beam: also of trees that each pass grows
-    with this beam; the first half says with which temperature of the heads."""
+def own_answers(model: MedusaModel, prompts, max_new_tokens: int, batch_size: int, eos: set[int]) -> list[list[int]]:
+    """The backbone's greedy answers, in the order of the prompts; prompts of like lengths are decoded together."""
     order = by_length(prompts)
     found = answer_all(model, [prompts[i] for i in order], max_new_tokens, batch_size, eos)
     bar = tqdm(found, total=len(prompts), desc="answering", unit="prompt", disable=None)
     answers = dict(zip(order, bar, strict=True))
-    texts, half = [answers[i] for i in range(len(prompts))], len(prompts) // 2
+    return [answers[i] for i in range(len(prompts))]
+
+
+def own_text(model: MedusaModel, prompts, texts, max_new_tokens: int, collate, batch_size: int, beam: int = 0) -> dict:
+    """texts: `own_answers` to the prompts, of at most max_new_tokens. -> `rows` and `top` as in `reference_text`, but
+    on these, and the trees' `acceptance`. Trees are built from the first half of the prompts and measured on the
+    second. beam: also of trees that each pass grows with this beam; the first half says with which temperature of the
+    heads."""
+    half = len(prompts) // 2
     result = figures(own_ranks(model, prompts, texts, collate, batch_size))
     if beam:
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import os
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -14,12 +15,15 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import logging
 
 from common.errors import ACCESS, NO_CODE, BadInput, first_line
-from model.adapter import base_of_adapter, load_merged
+from model.adapter import CONFIG, base_of_adapter, load_merged
 
 
-def load_backbone(name_or_path: str, **kwargs) -> PreTrainedModel:
+def load_backbone(name_or_path: str, adapter: Path | None = None, **kwargs) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence, and a directory with a
-    peft adapter is the model it belongs to, with the adapter merged."""
+    peft adapter is the model it belongs to, with the adapter merged. adapter: a directory that may hold an adapter of
+    the model (if that is none itself)."""
+    if adapter is not None and (adapter / CONFIG).is_file() and not os.path.isfile(os.path.join(name_or_path, CONFIG)):
+        return load_merged(str(adapter), name_or_path, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
     if (base := base_of_adapter(name_or_path)) is not None:
         return load_merged(name_or_path, base, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
     return _load(AutoModelForCausalLM, name_or_path, **kwargs)

@@ -141,7 +141,9 @@ def own(answered, monkeypatch, count=None, beam=0):
         yield from (answers[prompts.index(prompt)] for prompt in asked)
 
     monkeypatch.setattr(accuracy, "answer_all", answer_all)
-    result = accuracy.own_text(model, prompts, {7}, 99, Collator(pad_token_id=0), 4, beam)
+    texts = accuracy.own_answers(model, prompts, 99, 4, {7})
+    assert texts == list(answers)
+    result = accuracy.own_text(model, prompts, texts, 99, Collator(pad_token_id=0), 4, beam)
     tables = [ranks_by_hand(model, *pair) for pair in zip(prompts, answers, strict=True)]
     return result, tables, [[right_path(row[1:]) for row in table[:-1]] for table in tables]
 
