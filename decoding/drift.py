@@ -105,7 +105,7 @@ def verdict(found: dict) -> str:
 
 
 def drift(model, original, batches, asked: Asked | None, eos, max_new_tokens: int, collate, size: int) -> dict:
-    """All of it. asked: None if no own text was asked for. eos: tokens that end an answer. size: of a batch of them."""
+    """All of it. asked: None if no own text was asked for. eos: tokens that end an answer. size: answers at once."""
     found = reference_drift(model, original, batches)
     if asked is not None:
         found["kl"] = own_drift(model, original, asked, collate, size)

@@ -110,6 +110,10 @@ DOORS = [
     ("train", {"--eval_holdout": "inf"}, "--eval_holdout inf: a share below 1, or a number of conversations"),
     ("evaluate", {"--eval_holdout": 1.5}, "--eval_holdout 1.5: a share below 1, or a number of conversations"),
     ("train", {"--dataloader_drop_last": True, "--per_device_train_batch_size": 64}, "drop_last True leaves no step"),
+    # ---- adapters ----
+    ("train", {"--medusa_only_heads": False, "--lora_rank": 0}, "--lora_rank 0: at least 1"),
+    ("train", {"--preserve_coefficient": 1}, "--preserve_coefficient is of adapters: it goes with --lora_rank"),
+    ("evaluate", {"--original": "model"}, "--original model: heads is of stage 1, whose backbone is what it was"),
     # ---- model and tokenizer ----
     ("train", {"--model_name_or_path": "small"}, r"tokenizer has \d+ tokens, but small has embeddings for 300"),
     ("store", {"--model_name_or_path": "small"}, r"tokenizer has \d+ tokens, but small has embeddings for 300"),

@@ -21,6 +21,9 @@ CASES = {
     "stage 1, bf16": (True, "untied", "--bf16", "True"),
     "stage 1, few tokens": (True, "untied", "--medusa_vocab_size", "24"),
     "stage 2, few tokens": (False, "untied", "--medusa_vocab_size", "24", "--medusa_loss", "kl"),
+    "lora": (False, "untied", "--lora_rank", "4", "--preserve_coefficient", "2"),
+    "lora, tied": (False, "tied", "--lora_rank", "4", "--preserve_coefficient", "2"),
+    "lora, bf16": (False, "untied", "--lora_rank", "4", "--preserve_coefficient", "2", "--bf16", "True"),
     "stage 2, bf16": (False, "untied", "--bf16", "True", "--gradient_checkpointing", "True"),
 }
 
@@ -79,7 +82,7 @@ def runs(request, base):
 def works(version: int, case: str) -> bool:
     """FSDP1 does not shard in a group of one, and then stumbles over a tied pair that is frozen (torch 2.11, 2.13:
     `as_params=True type(prim_param)`). With two ranks it works: tests/test_distributed.py."""
-    return (version, case) != (1, "stage 1, tied")
+    return (version, case) != (1, "stage 1, tied") and not (version == 1 and case.startswith("lora"))  # refused
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -242,6 +242,14 @@ def test_refused(flags, text, train):
         train(*flags, "--max_steps", 1)
 
 
+def test_without_heads_the_backbone_alone_is_adapted(train, model_dir):
+    out = train(*LORA, "--medusa_return", False, "--preserve_coefficient", 0.1, "--max_steps", 3)
+    assert not (out / "medusa_heads").exists() and "head_1_loss" not in (out / "trainer_state.json").read_text()
+    ids = torch.randint(320, (1, 9))
+    got, before = (load_backbone(str(directory))(ids).logits for directory in (out, model_dir))
+    assert not torch.allclose(got, before, atol=1e-3)
+
+
 def test_fsdp1_is_refused(train, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
