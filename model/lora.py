@@ -69,8 +69,8 @@ def add_lora(
 def adapters_off(backbone: nn.Module):
     """While inside, the backbone computes what it did before it had adapters, bit for bit, without dropout.
 
-    Not by peft's `disable_adapter`: that switches requires_grad off and on, and FSDP2 would take the adapters for
-    frozen if it gathers them for the first time in between. Here they run, times zero.
+    Not by peft's own switch, which sets requires_grad of all adapters to False for that time; FSDP2 keeps copies of
+    that flag. Here they run, times zero, and no parameter is touched.
     """
     training = backbone.training
     backbone.eval()

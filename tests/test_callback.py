@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl
 from callback import EfficiencyCallback, FlopCount, peak_tflops
 from conversations.batches import Collator
 from medusa_model import MedusaConfig, MedusaModel
+from model.lora import add_lora
 from training.arguments import TrainingArguments
 from training.trainer import MedusaTrainer, batch_counts
 
@@ -129,6 +130,23 @@ def test_flops_equal_those_torch_counts(layers, kind):
     attention = flops.step([0] * (heads + 1), 0, pairs=batch * length**2)
     assert attention == pytest.approx(counted["aten.bmm"], rel=1e-3)  # transformers 5.17 does RoPE with a bmm too
     assert pairs == batch * length * (length + 1) / 2
+
+
+@pytest.mark.parametrize("preserves", [False, True])
+def test_flops_with_adapters_are_about_those_torch_counts(preserves):
+    """Within 2 %: the gradients of the adapters' own weights are not counted, and that of the first layer's input is,
+    though nobody needs it."""
+    model = MedusaModel.from_backbone(make_backbone(attn_implementation="eager"), MedusaConfig(medusa_num_heads=1))
+    add_lora(model.backbone, 1, 2)
+    model.preserves = preserves
+    ids = torch.randint(320, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    *rows, tokens, _, _ = batch_counts({"labels": ids, "attention_mask": torch.ones_like(ids)}, 1).tolist()
+    flops = FlopCount.of(model)
+    assert flops.step(rows, tokens, 0) == pytest.approx(counted["aten.mm"] + counted.get("aten.addmm", 0), rel=0.02)
+    assert flops.step([0, 0], 0, 2 * 16**2) == pytest.approx(counted["aten.bmm"], rel=1e-3)
 
 
 def test_mfu(monkeypatch):

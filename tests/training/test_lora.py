@@ -17,6 +17,7 @@ from conversations.targets import IGNORE
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import load_backbone
 from model.lora import adapters_off, add_lora, save_lora
+from training.arguments import parse
 from training.trainer import MedusaTrainer
 
 HEADS, RANK, ALPHA = 2, 3, 5
@@ -166,7 +167,12 @@ def test_a_run_trains_adapters_and_heads_and_nothing_else(train, model_dir, tmp_
     assert abs(first) < 1e-6 < last
     assert logged(out, "eval_preserve_loss")[0] > 0
     assert not (out / "model.safetensors").exists() and not (out / "config.json").exists()
-    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == model_dir
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model_dir
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)  # alpha: twice the rank
+    other = train(*flags, "--lora_alpha", 3, "--lora_target_modules", "v_proj", output="other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["target_modules"]) == (3, ["v_proj"])
     assert all("lora_" in name for name in load_file(out / "adapter_model.safetensors"))
     # A checkpoint has no weights of the backbone either, and becomes the same model.
     assert not any(".base_layer." in name or "embed" in name for name in saved_state(out / "checkpoint-3"))
@@ -243,11 +249,20 @@ def test_refused(flags, text, train):
 
 
 def test_without_heads_the_backbone_alone_is_adapted(train, model_dir):
-    out = train(*LORA, "--medusa_return", False, "--preserve_coefficient", 0.1, "--max_steps", 3)
+    flags = (*LORA, "--medusa_return", False, "--preserve_coefficient", 0.1, "--max_steps", 3, "--save_strategy", "no")
+    out = train(*flags)
+    with pytest.raises(BadInput, match=r"already holds adapter_model\.safetensors"):
+        train(*flags)
     assert not (out / "medusa_heads").exists() and "head_1_loss" not in (out / "trainer_state.json").read_text()
     ids = torch.randint(320, (1, 9))
     got, before = (load_backbone(str(directory))(ids).logits for directory in (out, model_dir))
     assert not torch.allclose(got, before, atol=1e-3)
+
+
+def test_rates_of_adapters_and_heads():
+    flags = ["--model_name_or_path", "m", "--data_path", "d", "--lora_rank", "4", "--output_dir", "out"]
+    training = parse(flags)[2]
+    assert training.learning_rate == 1e-4 and training.medusa_lr_multiplier == pytest.approx(5)
 
 
 def test_fsdp1_is_refused(train, monkeypatch):
