@@ -292,7 +292,7 @@ class MedusaModel(PreTrainedModel):
         config = MedusaConfig(**fields)
         if backbone is None:
             base = str(base_model_name_or_path or stage2 or base_of(config, heads_dir))
-            backbone = load_backbone(base, stage2, dtype=dtype or "auto", **kwargs)
+            backbone = load_backbone(base, adapter=stage2, dtype=dtype or "auto", **kwargs)
         token_map = state_dict.pop(TOKEN_MAP, None)
         heads_dtype = heads_dtype or next(iter(state_dict.values())).dtype
         model = cls.from_backbone(backbone, config, dtype=heads_dtype, token_map=token_map)
