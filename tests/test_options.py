@@ -77,7 +77,7 @@ def test_a_split_is_evaluated(flags, rows, heads, tmp_path, monkeypatch):
     write_jsonl(directory / "train.jsonl", conversations[:3])
     write_jsonl(directory / "test.jsonl", conversations[3:])
     read = []
-    monkeypatch.setattr(evaluate, "measure", lambda args, model, chat, data, summary: read.append(data) or {})
+    monkeypatch.setattr(evaluate, "measure", lambda args, model, original, chat, data, *_: read.append(data) or {})
     monkeypatch.setattr(evaluate, "report", lambda result: "")
     monkeypatch.setattr(evaluate, "draw", lambda result, path: None)
     argv = [heads, "--data_path", directory, "--output_json", out, *flags]
@@ -90,7 +90,7 @@ def test_a_template_of_ones_own_is_evaluated(heads, data_file, tmp_path, monkeyp
     """Its labels, with the end tokens of the backbone."""
     (tmp_path / "says.jinja").write_text(SAYS)
     chats = []
-    monkeypatch.setattr(evaluate, "measure", lambda args, model, chat, data, summary: chats.append(chat) or {})
+    monkeypatch.setattr(evaluate, "measure", lambda args, model, original, chat, data, *_: chats.append(chat) or {})
     monkeypatch.setattr(evaluate, "report", lambda result: "")
     monkeypatch.setattr(evaluate, "draw", lambda result, path: None)
     argv = [heads, "--data_path", data_file, "--chat_template", tmp_path / "says.jinja"]
