@@ -17,6 +17,7 @@ from model.heads_file import HEADS_FILE
 from model.prefix import make_prefix, run_prefix, use_liger_in_prefix
 
 VOCAB, HIDDEN = 90, 32
+PLAIN = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
 
 
 def make_model(kind="medusa", stage=1, loss="ce", prefix=True, random=True) -> MedusaModel:
@@ -200,8 +201,8 @@ def test_an_architecture_that_it_does_not_know_is_refused(config):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_liger_computes_the_same(dtype, monkeypatch):
-    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # it replaces them for all models
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    for name, plain in PLAIN.items():  # Liger replaces them for all models, and an earlier test may have let it
+        monkeypatch.setattr(modeling_llama, name, plain)
     prefix = make_prefix(make_backbone(vocab_size=VOCAB), dtype, "cuda")
     randomise(prefix, 0.2)
     hidden = torch.randn(2, 7, HIDDEN, device="cuda").requires_grad_()
@@ -216,8 +217,8 @@ def test_liger_computes_the_same(dtype, monkeypatch):
     want, grads = run()
     use_liger_in_prefix(prefix)
     layer = prefix.layers[0]
-    replaced = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp]
-    assert all(module.forward.__func__ is not type(module).forward for module in replaced)
+    for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+        assert module.forward.__func__ is not type(module).forward
     out, found = run()
     rtol = 1e-5 if dtype == torch.float32 else 3e-2  # bf16: three sums of rounded products lie behind each other
     for name, (a, b) in {"out": (out, want)} | {name: (found[name], grads[name]) for name in grads}.items():

@@ -37,7 +37,7 @@ def start(directory: Path, fsdp: int, runs: list):
     variables |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     done = subprocess.run(
         [sys.executable, __file__, spec],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | (variables if fsdp else {}),
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"} | (variables if fsdp else {}),
         capture_output=True,
         text=True,
         timeout=300,

@@ -21,8 +21,9 @@ RUNS = {
     "hydra, prefix layer, kl": (*STAGE_1, *KL, "--medusa_head_type", "hydra", "--medusa_prefix_layer", True),
     "stage 2": ("--medusa_scheduler", "linear", "--learning_rate", 1e-3),
 }
-# Relative. The losses' own bf16 would be 4e-3; what they are summed from rounds to both sides.
-CPU, GPU, FP8 = 1e-4, 5e-3, 2e-2
+# Relative. The losses' own bf16 would be 4e-3; what they are summed from rounds to both sides. A product in fp8 has an
+# error of .037 (docs/log.md).
+CPU, GPU, FP8 = 1e-4, 5e-3, 4e-2
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
