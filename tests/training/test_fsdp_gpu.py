@@ -35,9 +35,10 @@ def start(directory: Path, fsdp: int, runs: list):
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
     variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp), "FSDP_USE_ORIG_PARAMS": "true"}
     variables |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    found = {"PYTHONPATH": ":".join([str(ROOT), f"{ROOT}/tests", *sys.path])}
     done = subprocess.run(
         [sys.executable, __file__, spec],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"} | (variables if fsdp else {}),
+        env=os.environ | found | (variables if fsdp else {}),
         capture_output=True,
         text=True,
         timeout=300,

@@ -95,8 +95,8 @@ def test_losses_and_gradients_of_every_parameter(impl, tied, targets):
 
 
 def test_in_bf16_they_are_those_of_fp32_within_its_rounding():
-    """bf16 has 8 bits, and adapters this large and random make its errors grow from layer to layer. The limits, a tenth
-    for gradients in norm and 3 % for losses, are what was seen here (5.3 % in one gradient) and room; not derived."""
+    """bf16 has 8 bits, and adapters this large and random make its errors grow from layer to layer. The limits, 10 %
+    of a gradient's norm and 3 % of a loss, are what was seen (5.3 % in one gradient) and some room; not derived."""
     model, original = make_model()
     batch = make_batch()
     want = by_hand(model, original, batch)
