@@ -24,6 +24,7 @@ from raw_figures import (
     STEPS,
     TYPES_PASS,
     a_pass,
+    adapters,
     decoded,
     dot,
     follows,
@@ -45,6 +46,7 @@ from raw_figures import (
     taught,
     times_of_pass,
     trial_ms,
+    with_32,
 )
 
 Checks = dict[str, list[tuple[str, Callable[[], Iterable]]]]  # file: words or headings, what computes the figures
@@ -151,7 +153,13 @@ CLAIMS: Checks = {
         ("{:,.0f} tokens/s without those, {:,.0f} rows/s",
          lambda: [row(RUNS, run="f1")[key] for key in ("tokens_per_s", "rows_per_s")]),
     ],
+    "docs/lora.md": [
+        ("{:.2f} tokens per pass instead of {:.2f}", lambda: [with_32("l0"), with_32("s1b")]),
+    ],
     "docs/log.md": [
+        ("simulated, 32 guesses: {:.2f} with adapters, {:.2f} without", lambda: [with_32("l0"), with_32("s1b")]),
+        ("new is {} instead of {}, the KL {} a token",
+         lambda: [dot(adapters("l0")["drift"][key]) for key in ("distinct_4", "distinct_4_original", "kl")]),
         ("folded: {:.1f} instead of {:.1f} ms; no clipping: {:.1f}",
          lambda: [trial_ms(run) for run in ("folded scale and no select 2048", "base 2048", "no clip 2048")]),
         ("{:.1f} % slower |", lambda: [100 * trial_ms("attention: FLASH_ATTENTION") / trial_ms("base 2048") - 100]),

@@ -181,3 +181,15 @@ def times_of_pass(group: str = "all") -> list[float]:
 def of_trees(kind: str, tree: str, key: str = "length") -> dict[int, float]:
     """nodes -> tokens per pass on held-out prompts."""
     return {x["nodes"]: x[key] for x in load(TYPES)[kind]["own"]["acceptance"] if x["tree"] == tree}
+
+
+def adapters(run: str) -> dict:
+    """Of the first run of adapters: `l0`, without a KL, and `s1b`, the heads alone."""
+    return load("2026-11-26_adapters_h100.json")[run]
+
+
+def with_32(run: str) -> float:
+    """Tokens per pass, simulated, of 32 guesses there."""
+    return next(
+        row["length"] for row in adapters(run)["own"]["acceptance"] if (row["tree"], row["nodes"]) == ("best", 32)
+    )
