@@ -55,8 +55,8 @@ class FlopCount:
         per weight of the teacher if the lm_head teaches: it has as many tokens as the head. (With a draft vocabulary,
         rows whose target is outside of it count too, though they cost nothing: a few in a hundred.)
     backbone_passes: 1 for a frozen backbone (forward only), 3 for one that trains, 2 for one with adapters (3 with
-        --preserve_coefficient). A prefix layer always trains, and
-        is in per_token and per_pair so often that it comes to 3.
+        --preserve_coefficient). A prefix layer always trains, and is in per_token and per_pair so often that it comes
+        to 3.
     """
 
     per_token: float

@@ -174,19 +174,19 @@ def measure(args, model: MedusaModel, original: MedusaModel | None, chat: ChatTe
     """The figures of both texts. data: the conversations. original: what the backbone was trained from, or None."""
     context = context_length(model.backbone)
     max_length = choose_length(args.model_max_length, context)
+    eos = set[int]()
     if args.max_new_tokens:  # these may refuse the backbone, so they come before anything is measured
-        end_tokens(model.backbone)
+        eos = end_tokens(model.backbone)
         check_pass(Decoder(model, [], 1, 1))
     collate = Collator.of(chat.tokenizer)
     min_length = len(model.medusa_heads) + 2
     rows = prepare(data, summary, chat, max_length, min_length, by_length=True)
     logger.info("%s", summary.table())
-    batches, asked, eos = DataLoader(rows, args.batch_size, collate_fn=collate), None, set[int]()
+    batches, asked = DataLoader(rows, args.batch_size, collate_fn=collate), None
     result = reference_text(model, batches)
     if args.max_new_tokens:
         longest = max_length - args.max_new_tokens
         if prompts := first_prompts(data, chat, longest):
-            eos = end_tokens(model.backbone)
             asked = Asked(prompts, own_answers(model, prompts, args.max_new_tokens, args.batch_size, eos))
             result["own"] = own_text(model, *asked, args.max_new_tokens, collate, args.batch_size, args.adaptive)
     if original is not None:

@@ -1,4 +1,4 @@
-"""Is everything as fast as it was on this kind of GPU? Measures again, in about 3 minutes, and compares.
+"""Is everything as fast as it was on this kind of GPU? Measures again, in about 2 minutes, and compares.
 
     python benchmark/baselines.py               # ends with an error if something is over 10 % slower
     python benchmark/baselines.py --update      # keeps today's figures as those to compare with
@@ -100,14 +100,14 @@ def main():
         rows = measure((small if options.smoke else command).split())
         for name, figure in figures.items():
             found[name], faster[name] = float(rows[figure.row][figure.column]), figure.faster
+    before = kinds[kind]["figures"] if kind in kinds else {}
     for name, value in found.items():
-        known = kinds.get(kind, {}).get("figures", {}).get(name)
-        print(f"{name}: {value:.6g}" + (f", was {known:.6g}" if known else ""), flush=True)
+        print(f"{name}: {value:.6g}" + (f", was {before[name]:.6g}" if name in before else ""), flush=True)
     if options.update:
         origin = setting.origin()
         kinds[kind] = {key: origin[key] for key in ("commit", "versions")} | {"figures": found}
         write_atomically(options.file, lambda path: path.write_text(json.dumps(kinds, indent=1) + "\n"))
-    elif said := differences(found, kinds[kind]["figures"], faster):
+    elif said := differences(found, before, faster):
         sys.exit("\n".join(said))
 
 

@@ -22,11 +22,12 @@ def load_backbone(name_or_path: str, adapter: Path | None = None, **kwargs) -> P
     """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence, and a directory with a
     peft adapter is the model it belongs to, with the adapter merged. adapter: a directory that may hold an adapter of
     the model (if that is none itself)."""
-    if adapter is not None and (adapter / CONFIG).is_file() and not os.path.isfile(os.path.join(name_or_path, CONFIG)):
-        return load_merged(str(adapter), name_or_path, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
-    if (base := base_of_adapter(name_or_path)) is not None:
-        return load_merged(name_or_path, base, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
-    return _load(AutoModelForCausalLM, name_or_path, **kwargs)
+    directory, base = name_or_path, base_of_adapter(name_or_path)
+    if base is None and adapter is not None and (adapter / CONFIG).is_file():
+        directory, base = str(adapter), name_or_path
+    if base is None:
+        return _load(AutoModelForCausalLM, name_or_path, **kwargs)
+    return load_merged(directory, base, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
 
 
 def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:

@@ -23,6 +23,11 @@ from model.backbone import decoder_layers
 logger = logging.getLogger(__name__)
 
 
+def is_version_1() -> bool:
+    """Under FSDP: whether it is its first version, accelerate's default."""
+    return os.environ.get("FSDP_VERSION", "1") == "1"
+
+
 def reads_weights(config, training_args) -> bool:
     """Whether this process reads the backbone's weights. With `fsdp_cpu_ram_efficient_loading` only rank 0 does
     (FSDP1: the first process of each node), or 8 processes would hold 8 copies of an 8B model, 32 GB each in fp32.
@@ -36,8 +41,8 @@ def reads_weights(config, training_args) -> bool:
         logger.info("tied embeddings: every process reads the backbone itself")
         disable_fsdp_ram_efficient_loading()
         return True
-    version_1 = os.environ.get("FSDP_VERSION", "1") == "1"  # each node's first process may be the one that sends
-    return (training_args.local_process_index if version_1 else training_args.process_index) == 0
+    # FSDP1: each node's first process may be the one that sends.
+    return (training_args.local_process_index if is_version_1() else training_args.process_index) == 0
 
 
 def configure(plugin, model: MedusaModel):

@@ -1,10 +1,10 @@
 """Refusals of one part each of train.py, for training/refusals.py: (applies, sentence)."""
 
 import math
-import os
 
 from accelerate.utils import parse_flag_from_env
 
+from training.fsdp import is_version_1
 from training.lora_arguments import NAMES
 
 
@@ -14,7 +14,7 @@ def about_lora(training) -> tuple:
     if rank is None:
         given = [name for name in NAMES[1:] if getattr(training, name) is not None]
         return ((bool(given), f"--{given[0] if given else ''} is of adapters: it goes with --lora_rank, in stage 2"),)
-    sharded_by_1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") == "1"
+    sharded_by_1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and is_version_1()
     return (
         (
             training.medusa_only_heads,

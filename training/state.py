@@ -120,12 +120,11 @@ def whole_weights(model, medusa, device: torch.device) -> dict[str, Any]:
     """
     # On a CPU, FSDP1's own move to the CPU crashes (torch 2.13). Without it every process gets a copy.
     to_rank_0 = device.type != "cpu" or not isinstance(model, FullyShardedDataParallel)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0)
+    adapters = has_lora(medusa.backbone)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0, ignore_frozen_params=adapters)
     if not medusa.backbone_frozen:
-        if not has_lora(medusa.backbone):
-            return get_model_state_dict(model, options=whole)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=to_rank_0, ignore_frozen_params=True)
-        return trained_only(get_model_state_dict(model, options=options))  # tied weights have a second name
+        found = get_model_state_dict(model, options=whole)
+        return trained_only(found) if adapters else found  # tied weights have a second name
     return {
         begin + name: tensor
         for begin, part in trained_parts(medusa).items()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_backbone, randomise
 from safetensors.torch import load_file, save_file
+from setting import PLAIN_LLAMA
 from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, GPT2Config, Qwen3Config
 from transformers.models.llama import modeling_llama
 
@@ -17,7 +18,6 @@ from model.heads_file import HEADS_FILE
 from model.prefix import make_prefix, run_prefix, use_liger_in_prefix
 
 VOCAB, HIDDEN = 90, 32
-PLAIN = {name: getattr(modeling_llama, name) for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")}
 
 
 def make_model(kind="medusa", stage=1, loss="ce", prefix=True, random=True) -> MedusaModel:
@@ -201,7 +201,7 @@ def test_an_architecture_that_it_does_not_know_is_refused(config):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_liger_computes_the_same(dtype, monkeypatch):
-    for name, plain in PLAIN.items():  # Liger replaces them for all models, and an earlier test may have let it
+    for name, plain in PLAIN_LLAMA.items():  # Liger replaces them for all models, and an earlier test may have let it
         monkeypatch.setattr(modeling_llama, name, plain)
     prefix = make_prefix(make_backbone(vocab_size=VOCAB), dtype, "cuda")
     randomise(prefix, 0.2)
