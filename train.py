@@ -18,7 +18,7 @@ from conversations.batches import Collator
 from conversations.options import parse_kwargs
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
-from training import run, vocabulary
+from training import advice, run, vocabulary
 from training.arguments import parse
 from training.build import build_model, check_before_data, choose_head_type
 from training.data import check_steps, check_writable, load_data
@@ -40,6 +40,8 @@ def main():
     model_args, data_args, training_args = parse(sys.argv[1:])
     model_args.medusa_vocab_size = vocabulary.draft_size(model_args, training_args)
     choose_head_type(model_args)
+    if training_args.plan:
+        return advice.show(model_args, data_args, training_args)
     checkpoint = None if data_args.show_data else run.find_checkpoint(model_args, data_args, training_args)
     check_writable(training_args, shows=bool(data_args.show_data))
     date = run.first_day(checkpoint)

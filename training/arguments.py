@@ -15,6 +15,7 @@ from common.errors import BadInput
 from conversations.options import parse_kwargs
 from model.path_heads import HEAD_TYPES
 from training.lora_arguments import LoraArguments
+from training.plan_arguments import PlanArguments
 from training.refusals import refuse, refuse_renamed
 from training.states import read_index
 
@@ -161,7 +162,7 @@ class DataArguments(ConversationArguments):
 
 
 @dataclass
-class TrainingArguments(LoraArguments, transformers.TrainingArguments):
+class TrainingArguments(PlanArguments, LoraArguments, transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
     output_dir: str = computed(
         "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."

@@ -31,6 +31,18 @@ def about_lora(training) -> tuple:
     )
 
 
+def about_plan(training) -> tuple:
+    """Refusals of the flags of --plan."""
+    given = [name for name in ("plan_gpus", "plan_gib") if getattr(training, name) is not None]
+    return (
+        (bool(given) and not training.plan, f"--{given[0] if given else ''} goes with --plan"),
+        *(
+            (not 0 < getattr(training, name) < math.inf, f"--{name} {getattr(training, name):g}: more than 0")
+            for name in given
+        ),
+    )
+
+
 def about_states(model, data, training) -> tuple:
     """Refusals of --states_path: what was decided when the states were stored, and what needs the layers."""
     if data.states_path is None:

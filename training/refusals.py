@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.errors import BadInput
 from conversations.sources import is_share_or_number
-from training.part_refusals import about_lora, about_states
+from training.part_refusals import about_lora, about_plan, about_states
 
 RENAMED = {  # flags of older transformers, which the parser would only call unknown
     "--warmup_ratio": "--warmup_steps 0.1 (a value below 1 is a ratio)",
@@ -97,6 +97,7 @@ def refuse(model, data, training):
         (data.show_data < 0, f"--show_data {data.show_data}: 0 or more"),
         *about_states(model, data, training),
         *about_lora(training),
+        *about_plan(training),
         *about_conversations(data),
         (
             training.eval_strategy != "no" and not data.evaluates,
