@@ -137,26 +137,29 @@ def table(run: Run) -> str:
 
 
 def advice(run: Run, card: float) -> str:
-    """What is tightest, and flags with which the run fits: each alone, or if none does, as many as it takes."""
+    """What is tightest, and with which flags, or on how many GPUs, the run fits. Flags that are each enough alone come
+    first; if none is, as many as it takes, those that save most first."""
     moment = tightest(run)
     part = max(PARTS, key=lambda name: moment.parts[name])
     said = f"the run needs {needed(run) / GIB:.1f} GiB of a GPU that has {card / GIB:.1f}. It is tightest when "
     said += f"{moment.name}, and its largest part is the {part} ({moment.parts[part] / GIB:.1f} GiB). "
-    alone = [changed for kind in changes(run) if (changed := next((c for c in kind if needed(c) <= card), None))]
-    if alone:
-        found = [f"{difference(run, changed)} ({needed(changed) / GIB:.1f} GiB)" for changed in alone]
-        return said + "It fits with " + ", or ".join(found)
+    alone = [next((changed for changed in kind if needed(changed) <= card), None) for kind in changes(run)]
+    *flags, gpus = alone
+    found = [changed for changed in flags if changed is not None]
     best = run
-    for i in range(len(list(changes(run)))):
-        for changed in list(changes(best))[i]:
-            best = min(best, changed, key=needed)
-            if needed(best) <= card:
-                return said + f"It fits with {difference(run, best)} ({needed(best) / GIB:.1f} GiB)"
+    while not found and (better := [changed for kind in [*changes(best)][:-1] for changed in kind]):
+        best = min(better, key=needed)
+        found = [best] * (needed(best) <= card)
+    found += [] if gpus is None else [gpus]
+    if found:
+        each = [f"{difference(run, changed)} ({needed(changed) / GIB:.1f} GiB)" for changed in found]
+        return said + "It fits with " + ", or ".join(each)
     return said + f"No flag helps: with {difference(run, best)} it still needs {needed(best) / GIB:.1f} GiB"
 
 
 def changes(run: Run) -> Iterator[list[Run]]:
-    """Kinds of changes, the smallest first: of each the runs to try, in order; none if it has been made already."""
+    """Kinds of changes, the smallest first, GPUs last: of each the runs to try, in order. None if it is made already,
+    so that changes of changes come to an end."""
 
     def with_(applies: bool, **fields) -> list[Run]:
         return [dataclasses.replace(run, **fields)] if applies else []
