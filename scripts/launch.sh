@@ -3,10 +3,12 @@
 #   . scripts/launch.sh
 #   find_machines               which GPUs and nodes there are, or one sentence about what is wrong
 #   . scripts/setup.sh          sets $PY
+#   plan train.py --flags       ends here, with advice, if that would not fit into a GPU's memory
 #   launch train.py --flags     on all of them
 # Takes these variables:
 #   NUM_GPUS=2                  of this node; default: all that nvidia-smi and CUDA_VISIBLE_DEVICES show
 #   CONFIG=configs/fsdp1.yaml   how accelerate launches it; default: one of configs/, by the number of GPUs and nodes
+#   PLAN=no                     does not ask whether it fits
 #   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=first-node MASTER_PORT=29500
 #                               on the first of two nodes, with NODE_RANK=1 on the second; SLURM sets its own
 
@@ -59,6 +61,16 @@ find_machines() { # all of the above, and sets CONFIG
         esac
     fi
     [ -f "$CONFIG" ] || fail "there is no file CONFIG=$CONFIG (from $PWD)"
+}
+plan() { # a script that knows --plan, and its flags
+    case "${PLAN:-yes},$CONFIG" in # what plans are of: one GPU, or FSDP2 over all or over those of a node
+        no,*) return 0 ;;
+        *single_gpu.yaml) SHARED_BY=1 ;;
+        *fsdp2_multi_node.yaml) SHARED_BY=$NUM_GPUS ;;
+        *fsdp2.yaml) SHARED_BY=$((NUM_NODES * NUM_GPUS)) ;;
+        *) return 0 ;;
+    esac
+    "$PY" "$@" --plan --plan_gpus "$SHARED_BY" || exit 1
 }
 launch() { # a script and its flags: a process per GPU, and on all nodes together one group
     SIZES= # a configuration of your own keeps its own

@@ -13,12 +13,9 @@
 # which has GPUs and nodes. Several nodes: run `bash scripts/setup.sh` on one of them before. SLURM: sbatch
 # scripts/slurm_llama3_8b_medusa.sh.
 #
-# Memory: 16 bytes a trained weight (fp32 weight, gradient and two Adam moments), 2 a frozen one (bf16).
-#   stage 1, one GPU    8.0 B x 2 = 16 GB, and for each head 0.54 B x 16 = 8.7 GB: 5 heads 60 GB, 3 heads 43 GB, and
-#                       some for a batch. --dtype bfloat16 halves the heads' part.
-#   stage 2             all (8.0 + 5 x 0.54) B x 16 = 171 GB are of trained weights: at least 4 GPUs of 80 GB.
-#   N GPUs of a node    each has 1/N of it and about 4 GB more in stage 1, 3 to 13 GB more in stage 2. Nodes hold
-#                       copies of one another.
+# Memory: before anything is loaded, train.py --plan says what each GPU will hold. If that does not fit, the script ends
+# with the flags that would make it fit (PLAN=no: it starts all the same). One GPU of 80 GB holds stage 1 with 5 heads,
+# four hold stage 2. docs/distributed.md has the arithmetic.
 # Batch: 4 conversations per GPU at once, 4 times before an optimiser step: 16 x GPUs conversations a step.
 # Learning rates: train.py chooses them by the stage. Stage 1: 1e-3. Stage 2: 1e-5 for the backbone, 5e-4 for the heads.
 # They end linearly after a short warm-up: the best of the recipes tried (docs/log.md).
@@ -29,7 +26,7 @@ cd "$(dirname "$0")/.."
 find_machines
 . scripts/setup.sh
 
-launch train.py \
+set -- \
     --model_name_or_path "${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct}" \
     --data_path "${DATA_PATH:-Aeala/ShareGPT_Vicuna_unfiltered}" \
     --eval_holdout "${EVAL_HOLDOUT:-500}" \
@@ -63,3 +60,5 @@ launch train.py \
     ${LEARNING_RATE:+--learning_rate "$LEARNING_RATE"} \
     ${LR_MULTIPLIER:+--medusa_lr_multiplier "$LR_MULTIPLIER"} \
     "$@"
+plan train.py "$@"
+launch train.py "$@"

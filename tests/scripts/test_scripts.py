@@ -38,14 +38,14 @@ def start(tmp_path):
 def launcher_flags(done) -> list[str]:
     """The words a script gives to accelerate, up to train.py."""
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
+    words = done.stdout.splitlines()[-1].split()
     assert words[0] == "scripts/launch.py"
     return words[1 : words.index("train.py") + 1]
 
 
 def flags_of(done):
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
+    words = done.stdout.splitlines()[-1].split()
     return parse(words[words.index("train.py") + 1 :])
 
 
@@ -106,6 +106,38 @@ def test_appended_flags_and_variables_win(start):
 def test_neither_true_nor_false(start):
     with pytest.raises(BadInput, match=r"--medusa_only_heads.*maybe"):
         flags_of(start("--medusa_only_heads", "maybe", NUM_GPUS="1"))
+
+
+# ---- does it fit? ----
+NODES = {"NUM_NODES": "3", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize(
+    ("gpus", "variables", "sharing"),
+    [(1, {}, 1), (4, {}, 4), (4, NODES, 4), (1, NODES, 3)],
+)
+def test_asks_first_whether_it_fits(start, shell, gpus, variables, sharing):
+    """With the same flags as the run, for the GPUs that share the model: those of a node, if nodes hold copies."""
+    done = start("--medusa_num_heads", "3", shell=shell, gpus=gpus, **variables)
+    asked, started = done.stdout.splitlines()
+    flags = started.split(" train.py ")[1]
+    assert asked == f"train.py {flags} --plan --plan_gpus {sharing}" and flags.endswith("--medusa_num_heads 3")
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_what_does_not_fit_is_not_started(start, shell, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$1" >&2\ntest "$1" != train.py\n')
+    (tmp_path / "python").chmod(0o755)
+    done = start(shell=shell, gpus=1, PYTHON=str(tmp_path / "python"))
+    assert done.returncode == 1 and done.stderr.split() == ["train.py"]
+    done = start(shell=shell, gpus=1, PYTHON=str(tmp_path / "python"), PLAN="no")
+    assert done.returncode == 0 and done.stderr.split() == ["scripts/launch.py"]
+
+
+@pytest.mark.parametrize("config", ["configs/fsdp1.yaml", "configs/cpu.yaml"])
+def test_what_plans_are_not_of_is_started_at_once(start, config):
+    assert len(start(gpus=2, CONFIG=config).stdout.splitlines()) == 1
 
 
 # ---- on how many GPUs and nodes, and with which config ----
