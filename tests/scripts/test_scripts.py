@@ -1,14 +1,20 @@
 """The LLaMA-3 scripts without a GPU: what they would start, under sh as under bash."""
 
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
+import setting
+import transformers
 from conftest import ROOT
 
 from common.errors import BadInput
+from training.advice import needed, run_of
 from training.arguments import parse
+from training.build import choose_head_type
+from training.plan import GIB, tightest
 
 SCRIPT, SLURM_SCRIPT = ROOT / "scripts/llama3_8b_medusa.sh", ROOT / "scripts/slurm_llama3_8b_medusa.sh"
 SLURM_JOB = {"SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07-08]"}
@@ -138,6 +144,22 @@ def test_what_does_not_fit_is_not_started(start, shell, tmp_path):
 @pytest.mark.parametrize("config", ["configs/fsdp1.yaml", "configs/cpu.yaml"])
 def test_what_plans_are_not_of_is_started_at_once(start, config):
     assert len(start(gpus=2, CONFIG=config).stdout.splitlines()) == 1
+
+
+def test_what_fits_where_in_the_readme(start, tmp_path):
+    """The table's rows are what the script asks with their flags, and the smallest of these GPUs (GB) that it fits."""
+    transformers.LlamaConfig(**setting.LLAMA3_8B).save_pretrained(tmp_path / "llama")
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| ([\d.]+) \| (\d+) GB \|", text, re.MULTILINE)
+    assert len(rows) == 9
+    for gpus, what, peak, size in rows:
+        flags = what.split("`")[1].split() if "`" in what else []
+        asked = start(*flags, NUM_GPUS=gpus, MODEL=str(tmp_path / "llama")).stdout.splitlines()[0]
+        model, data, training = parse(asked.split()[1:])
+        choose_head_type(model)
+        run = run_of(model, data, training)
+        fits = next(gb for gb in (24, 40, 48, 80, 141) if needed(run) <= gb * 1e9)
+        assert (f"{tightest(run).total / GIB:.1f}", fits) == (peak, int(size)), what
 
 
 # ---- on how many GPUs and nodes, and with which config ----
