@@ -33,8 +33,8 @@ def show(model_args, data_args, training_args):
         card = torch.cuda.get_device_properties(training_args.device).total_memory
     if card is not None and needed(run) > card:
         raise BadInput(advice(run, card))
-    shared = "" if run.gpus == 1 else " and NCCL"
-    print(f"With what CUDA{shared} take, and {SPARE:.0%} to spare, a GPU needs {needed(run) / GIB:.1f} GiB", end="")
+    takes = "CUDA takes" if run.gpus == 1 else "CUDA and NCCL take"
+    print(f"With what {takes}, and {SPARE:.0%} to spare, a GPU needs {needed(run) / GIB:.1f} GiB", end="")
     print(f" of {card / GIB:.1f}: it fits." if card else "; --plan_gib says how much there is.")
 
 
@@ -80,6 +80,7 @@ def run_of(model_args, data_args, training_args) -> Run:
         packs=data_args.packing,
         teaches=training_args.medusa_loss != "ce",
         preserves=training_args.preserves,
+        settled=model_args.medusa_heads_path is not None or training_args.resume_from_checkpoint is not None,
     )
 
 
@@ -170,15 +171,15 @@ def changes(run: Run) -> Iterator[list[Run]]:
         for by in halves
         if run.batch % by == 0
     ]
-    depth = run.backbone.depth
-    yield with_(not run.stage_1 and run.recomputed < depth, recomputed=depth)
-    yield with_(not run.stage_1 and not run.offloads, recomputed=depth, offloads=True)
+    depth, keeps = run.backbone.depth, not run.stage_1 and not run.offloads
+    yield [dataclasses.replace(run, recomputed=n) for n in range(run.recomputed + 1, depth + 1) if keeps]
+    yield with_(keeps and run.recomputed in (0, depth), recomputed=depth, offloads=True)
     yield with_(run.evaluated > run.batch, evaluated=run.batch)
     heads, vocab = copy.deepcopy(run.heads), 0
     if heads is not None:
         vocab = heads.sizes[1]
         heads.medusa_vocab_size = DRAFT
-    yield with_(vocab > DRAFT, heads=heads)
+    yield with_(vocab > DRAFT and not run.settled, heads=heads)
     yield with_(run.stage_1 and not run.stored and not run.packs, stored=True)
     yield with_(run.casts, trained=run.computed)
     adapted = dataclasses.replace(run.backbone, adapters=RANK * run.backbone.a_rank)
@@ -191,15 +192,19 @@ def difference(run: Run, other: Run) -> str:
     """The flags that make one of the other."""
     flags = {
         f"--per_device_train_batch_size {other.batch} --gradient_accumulation_steps {other.accumulation}": "batch",
-        "--offload_activations True" if other.recomputed == run.recomputed else "": "offloads",
-        "--gradient_checkpointing True" + " --offload_activations True" * other.offloads: "recomputed",
         f"--per_device_eval_batch_size {other.evaluated}": "evaluated",
         "--states_path (docs/states.md)": "stored",
         f"--dtype {'bfloat16' if other.trained == 2 else 'float32'}": "trained",
         f"--lora_rank {RANK}": "backbone",
         f"{other.gpus} GPUs": "gpus",
     }
-    found = [text for text, name in flags.items() if text and getattr(run, name) != getattr(other, name)]
+    found = [text for text, name in flags.items() if getattr(run, name) != getattr(other, name)]
+    if (run.recomputed, run.offloads) != (other.recomputed, other.offloads):
+        found.append("--gradient_checkpointing True")
+        if other.offloads:
+            found.append("--offload_activations True")
+        elif run.recomputed or other.recomputed < run.backbone.depth:
+            found.append(f"--gradient_checkpointing_layers {other.recomputed}")
     if run.heads and other.heads and run.heads.medusa_vocab_size != other.heads.medusa_vocab_size:
         found.append(f"--medusa_vocab_size {other.heads.medusa_vocab_size}")
     return " ".join(found)

@@ -43,6 +43,7 @@ class Run:
     packs: bool = False
     teaches: bool = False  # --medusa_loss kl or lk
     preserves: bool = False  # --preserve_coefficient
+    settled: bool = False  # what heads guess follows from those that the run starts from
 
     @property
     def trains_all(self) -> bool:
@@ -96,8 +97,8 @@ class Step:
         self.layer = self.trained and (b.adapters // b.depth or b.layer)  # of these in a layer
         self.tied = 0 if b.lm_head else b.embeddings
         # Whose gradients come before the backbone's. On several GPUs that of tied embeddings waits for the backbone's.
-        first = (b.lm_head or self.tied * (run.gpus == 1)) if run.trains_all else 0
-        self.units = [size for size in (first, *self.sizes) if size]
+        self.first = (b.lm_head or self.tied * (run.gpus == 1)) if run.trains_all else 0
+        self.units = [self.first, *self.sizes]
         self.kept: list[float] = [0 if run.offloads else self.stream] * run.recomputed
         self.kept += [self.whole_layer()] * (self.depth - run.recomputed)
         # What is there from the backbone's forward pass to its backward pass: of each layer, what the last norm reads
@@ -142,8 +143,7 @@ class Step:
 
     def moments(self) -> Iterator[Moment]:
         yield from self.of_the_forward_pass()
-        if self.units:
-            yield from self.of_the_heads()
+        yield from self.of_the_losses()
         if not self.run.stage_1:
             yield from self.of_the_backward_pass()
 
@@ -168,35 +168,49 @@ class Step:
         if self.depth and run.evaluated:
             yield self.at("an evaluation", None, 0, running(run.evaluated), weights + casts)
 
-    def of_the_heads(self) -> Iterator[Moment]:
-        """The last head; of the others' gradients, those before it are there."""
-        run, b, c, unit, config = self.run, self.run.backbone, self.run.computed, self.unit, self.run.heads
-        *others, last = self.units
-        vocab = config.sizes[1] if config else b.vocab
-        # A head's rows, what each ResBlock multiplies and puts out, and the gradient of what the projection reads.
-        rows = self.stream + unit + (config.medusa_num_layers if config else 0) * (self.stream + unit)
-        if self.fp32_stream:  # and copies of what is multiplied
-            rows += unit + (config.medusa_num_layers if config else 0) * unit
-        if config and config.medusa_head_type == "hydra":  # embeddings of the text, and of each row's path
-            rows += (1 + len(self.sizes)) * unit
-        if config and config.medusa_head_type == "markov":  # a row beside its token's numbers
-            rows += unit + self.tokens * c * config.medusa_rank
-        logits, others_weights = chunk_rows(self.tokens, vocab, b.hidden), 0.0
-        if run.teaches:  # the teacher's rows and logits, its weight, and of that the rows of a draft vocabulary
-            rows, logits = rows + unit, 2 * min(self.tokens, CHUNK_ROWS)
-            others_weights += self.whole(b.vocab * b.hidden) if run.gpus > 1 or run.trains_all else 0
-            others_weights += c * vocab * b.hidden * (vocab < b.vocab)
-        if run.gpus > 1 and run.trains_all:
-            others_weights += 2 * c * self.tied  # whole, with a gradient that waits
-        buffers = self.whole(last) + c * vocab * logits + others_weights
-        yield self.at("a head's loss is computed", sum(others), c * last, self.seen + rows, buffers)
-        shared = run.gpus > 1
-        done, rows = sum(others) + last * shared, 0 if shared else rows - unit
-        yield self.at("a head's gradient is added up", done, self.arriving(last), self.seen + rows, others_weights)
+    def of_the_losses(self) -> Iterator[Moment]:
+        """Of the heads the last one: the gradients of those before it are there."""
+        run, b, config = self.run, self.run.backbone, self.run.heads
+        if not run.stage_1:
+            yield from self.of_a_loss("the lm_head's", 0, self.first, b.vocab)
+        if config:
+            blocks, path = config.medusa_num_layers, 0.0
+            if config.medusa_head_type == "hydra":  # embeddings of the text, and of each row's path
+                path = (1 + len(self.sizes)) * self.unit
+            if config.medusa_head_type == "markov":  # a row beside its token's numbers
+                path = self.unit + self.tokens * run.computed * config.medusa_rank
+            last, before = self.sizes[-1], sum(self.units) - self.sizes[-1]
+            yield from self.of_a_loss("a head's", before, last, config.sizes[1], blocks, path, run.teaches)
         if self.prefix:
-            busy = self.seen + self.tokens * c * b.widest + 2 * unit
+            busy = self.seen + self.tokens * run.computed * b.widest + 2 * self.unit
             new = self.arriving(self.prefix)
             yield self.at("the prefix layer's backward pass", sum(self.units), new, busy, self.whole(self.prefix))
+        if run.preserves:
+            yield from self.of_a_loss("--preserve_coefficient's", sum(self.units), 0, b.vocab, teaches=True)
+
+    def of_a_loss(
+        self, whose: str, before: int, trained: int, vocab: int, blocks=0, path=0.0, teaches=False
+    ) -> Iterator[Moment]:
+        """before: weights whose gradients are there; trained: those of this head; vocab: tokens that it guesses; path:
+        bytes of what it reads of the path to its guess."""
+        run, b, c, unit, shared = self.run, self.run.backbone, self.run.computed, self.unit, self.run.gpus > 1
+        # Rows, what each ResBlock multiplies and puts out, and the gradient of what the projection reads.
+        rows = self.stream + unit + blocks * (self.stream + unit) + path
+        rows += (1 + blocks) * unit if self.fp32_stream else 0  # and copies of what is multiplied
+        logits, others = chunk_rows(self.tokens, vocab, b.hidden), 0.0
+        if teaches:  # the teacher's rows and logits, its weight, and of that the rows of a draft vocabulary
+            rows, logits = rows + unit, 2 * min(self.tokens, CHUNK_ROWS)
+            others += self.whole(b.vocab * b.hidden) if shared or run.trains_all else 0
+            others += c * vocab * b.hidden * (vocab < b.vocab)
+        elif not trained and shared:  # an lm_head that does not train
+            others += c * b.vocab * b.hidden
+        if shared and run.trains_all:
+            others += 2 * c * self.tied  # whole, with a gradient that waits
+        buffers = self.whole(trained) + c * vocab * logits + others
+        yield self.at(f"{whose} loss is computed", before, c * trained, self.seen + rows, buffers)
+        if trained:
+            done, rows = before + trained * shared, 0 if shared else rows - unit
+            yield self.at(f"{whose} gradient is added up", done, self.arriving(trained), self.seen + rows, others)
 
     def of_the_backward_pass(self) -> Iterator[Moment]:
         """Layer by layer: what it keeps or computes again, the gradients of its output and of the MLP's product."""

@@ -68,7 +68,7 @@ def backbone_sizes(name_or_path: str, rank: int | None = None, targets=(), **whe
         norms=sum("Norm" in type(m).__name__ for m in layers[0].children()),
         readers=len(linear) - 2,
         # Queries and keys that are normed (Qwen 3) are kept from before it too.
-        products=sum(width * (1 + (name.replace("_proj", "_norm") in parts)) for name, width in widths.items()),
+        products=sum(width * (1 + (name[:-5] + "_norm" in parts)) for name, width in widths.items()),
         mlp=sum(width for name, width in widths.items() if "att" not in name),
         widest=max(m.in_features for m in linear.values()),
         a_rank=len(layers) * sum(m.in_features + m.out_features for m in linear.values()),

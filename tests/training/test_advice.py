@@ -71,7 +71,7 @@ def test_a_table_of_moments_and_parts(plan, llama):
     run = run_from(*flags_of(llama))
     assert rows[0][-1] == round(tightest(run).total / GIB, 2)
     assert said.splitlines()[-1] == (
-        f"With what CUDA take, and 3% to spare, a GPU needs {needed(run) / GIB:.1f} GiB of 80.0: it fits."
+        f"With what CUDA takes, and 3% to spare, a GPU needs {needed(run) / GIB:.1f} GiB of 80.0: it fits."
     )
     assert needed(run) == tightest(run).total * (1 + SPARE) + CUDA
 
@@ -96,12 +96,20 @@ def test_the_memory_of_the_gpu_that_is_here(plan, llama, monkeypatch):
     assert plan(llama, plan_gib=80).endswith("of 80.0: it fits.\n")
 
 
+LONG = {"model_max_length": 8192}
 FITS_NOT = [
     {"plan_gib": 48},
     {"plan_gib": 40, "per_device_train_batch_size": 16, "model_max_length": 8192, "dtype": "bfloat16"},
     {"plan_gib": 79, "medusa_only_heads": False, "plan_gpus": 4, "model_max_length": 8192},
     {"plan_gib": 79, "medusa_only_heads": False, "plan_gpus": 2},
     {"plan_gib": 48, "medusa_only_heads": False, "lora_rank": 8, "model_max_length": 8192},
+    {
+        "plan_gib": 33,
+        "medusa_only_heads": False,
+        "gradient_checkpointing": True,
+        "plan_gpus": 8,
+        "model_max_length": 8192,
+    },
     {"plan_gib": 20, "per_device_eval_batch_size": 64, "eval_holdout": 10, "plan_gpus": 8},
     {"plan_gib": 20},
     {"plan_gib": 24, "per_device_train_batch_size": 2, "medusa_only_heads": False},
@@ -159,7 +167,21 @@ def test_the_smallest_change_comes_first(plan, llama):
         plan(llama, plan_gib=79, **flags)
     first, second, *_ = alternatives(raised)
     assert first == "--per_device_train_batch_size 1 --gradient_accumulation_steps 16"  # 2 would not fit
-    assert second == "--gradient_checkpointing True"
+    layers = re.fullmatch("--gradient_checkpointing True --gradient_checkpointing_layers ([0-9]+)", second)[1]
+    checkpointed = flags | {"gradient_checkpointing": True}
+    plan(llama, plan_gib=79, **checkpointed, gradient_checkpointing_layers=layers)
+    with pytest.raises(BadInput) as raised:  # as few as memory allows is fastest
+        plan(llama, plan_gib=79, **checkpointed, gradient_checkpointing_layers=int(layers) - 1)
+    assert second.split()[2:] == alternatives(raised)[1].split()[2:]
+
+
+def test_heads_that_are_there_keep_their_vocabulary(plan, llama):
+    with pytest.raises(BadInput) as raised:
+        plan(llama, plan_gib=48)
+    assert "--medusa_vocab_size 32768" in alternatives(raised)
+    with pytest.raises(BadInput) as raised:
+        plan(llama, plan_gib=48, medusa_heads_path="elsewhere")
+    assert alternatives(raised) == ["--states_path (docs/states.md)", "--dtype bfloat16", "2 GPUs"]
 
 
 def test_changes_that_need_each_other(plan, llama):

@@ -1,6 +1,7 @@
 """training/plan.py against every peak that was measured, and against Liger's chunks."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Iterator
 
@@ -190,6 +191,23 @@ def test_batches_that_accumulate_hold_all_gradients(backbones):
     assert first["a layer of the backbone runs"] == 0 and later["a layer of the backbone runs"] == 5 * p * 4
     assert first["a head's gradient is added up"] == 4 * p * 4 + p * (2 + 4)
     assert later["a head's gradient is added up"] == 5 * p * 4 + p * (2 + 4)
+
+
+def test_the_lm_head_learns_from_all_tokens(backbones):
+    """Beside heads of a draft vocabulary, in stage 2, its logits and gradient are the large ones: of 2,048 rows."""
+    llama = backbones["llama"]
+    run = Run(llama, heads_of(llama, 1, 16384), False, 1, 4096, gpus=64, recomputed=32)
+    found = {moment.name: moment.parts for moment in Step(run).moments()}
+    want = {"the lm_head's": (128256, 128256 * 4096), "a head's": (16384, 16384 * 4096 + 4096 * 4097)}
+    for whose, (vocab, weights) in want.items():
+        assert found[f"{whose} loss is computed"]["buffers"] == 2 * weights + 2 * 2048 * vocab + 2**26
+    gradients = found["the lm_head's gradient is added up"]["gradients"]
+    assert gradients == 128256 * 4096 * (4 / 64 + 6)
+    adapted = dataclasses.replace(run, backbone=dataclasses.replace(llama, adapters=64), preserves=True)
+    found = {moment.name: moment.parts for moment in Step(adapted).moments()}
+    assert "the lm_head's gradient is added up" not in found  # it does not train, but is gathered
+    assert found["the lm_head's loss is computed"]["buffers"] == 2 * 128256 * (4096 + 2048) + 2**26
+    assert found["--preserve_coefficient's loss is computed"]["buffers"] == 2 * 128256 * (4096 + 2 * 2048) + 2**26
 
 
 @pytest.mark.parametrize("rows", [1, 700, 2048, 4096, 8192, 16384, 32768, 65536, 131072])

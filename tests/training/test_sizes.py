@@ -89,3 +89,12 @@ def test_weights_are_counted_exactly(kind, tmp_path):
     adapted = backbone_sizes(str(tmp_path), rank=2)
     assert adapted.adapters == 2 * found.a_rank and adapted.weights == found.weights
     assert backbone_sizes(str(tmp_path), 2, ["o_proj"]).adapters < adapted.adapters
+
+
+def test_widths_by_hand(tmp_path):
+    """Queries, keys and values of one product, 3 H, and H behind them; an MLP without a gate, 2 x 224."""
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    transformers.GPTNeoXConfig(**sizes, num_hidden_layers=2).save_pretrained(tmp_path)
+    found = backbone_sizes(str(tmp_path))
+    assert (found.products, found.mlp, found.widest) == (4 * 64 + 2 * 224, 2 * 224, 224)
+    assert (found.norms, found.readers) == (2, 2)
