@@ -110,6 +110,9 @@ DOORS = [
     ("train", {"--eval_holdout": "inf"}, "--eval_holdout inf: a share below 1, or a number of conversations"),
     ("evaluate", {"--eval_holdout": 1.5}, "--eval_holdout 1.5: a share below 1, or a number of conversations"),
     ("train", {"--dataloader_drop_last": True, "--per_device_train_batch_size": 64}, "drop_last True leaves no step"),
+    # ---- plans ----
+    ("train", {"--plan_gpus": 2}, "--plan_gpus goes with --plan"),
+    ("train", {"--plan": True, "--plan_gib": 0.5}, r"the run needs 1\.\d GiB of a GPU that has 0\.5\. It is"),
     # ---- adapters ----
     ("train", {"--medusa_only_heads": False, "--lora_rank": 0}, "--lora_rank 0: at least 1"),
     ("train", {"--preserve_coefficient": 1}, "--preserve_coefficient is of adapters: it goes with --lora_rank"),

@@ -27,15 +27,16 @@ def show(model_args, data_args, training_args):
     """Prints the plan. Raises BadInput, with advice, if the run does not fit into the GPU that is here, or that
     --plan_gib describes."""
     run = run_of(model_args, data_args, training_args)
-    print(table(run))
+    tell = print if training_args.process_index == 0 else lambda text: None
+    tell(table(run))
     card = training_args.plan_gib and training_args.plan_gib * GIB
     if card is None and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(training_args.device).total_memory
     if card is not None and needed(run) > card:
         raise BadInput(advice(run, card))
     takes = "CUDA takes" if run.gpus == 1 else "CUDA and NCCL take"
-    print(f"With what {takes}, and {SPARE:.0%} to spare, a GPU needs {needed(run) / GIB:.1f} GiB", end="")
-    print(f" of {card / GIB:.1f}: it fits." if card else "; --plan_gib says how much there is.")
+    judged = f" of {card / GIB:.1f}: it fits." if card else "; --plan_gib says how much there is."
+    tell(f"With what {takes}, and {SPARE:.0%} to spare, a GPU needs {needed(run) / GIB:.1f} GiB{judged}")
 
 
 def run_of(model_args, data_args, training_args) -> Run:

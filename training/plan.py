@@ -116,6 +116,8 @@ class Step:
             behind_norms = b.readers * self.unit
         kept = b.norms * self.stream + behind_norms + self.tokens * run.computed * b.products
         kept += self.unit if b.adapters else 0  # attention's output, and a copy of it
+        if run.packs:  # each layer has attention's mask in the dtype of products, and keys and values repeated
+            kept += run.computed * run.batch * run.length**2 + self.tokens * run.computed * b.repeated
         return kept + (run.computed * b.layer if self.fp32_stream else 0)  # the weights' copies
 
     def at(self, name: str, done: float | None, new=0.0, activations=0.0, buffers=0.0) -> Moment:
@@ -156,7 +158,7 @@ class Step:
 
         def running(batch: int) -> float:
             """Embeddings, the layer's input, residual, what is normed; gate, up and their product."""
-            mask = 3 * batch * run.length**2 * run.packs  # as bool, and in bf16
+            mask = (1 + c) * batch * run.length**2 * run.packs  # as bool, and in the dtype of products
             return batch * run.length * c * (4 * b.hidden + b.mlp) + mask
 
         weights = 2 * c * b.layer if shared else 0  # a layer's and the next one's

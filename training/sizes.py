@@ -30,6 +30,7 @@ class BackboneSizes:
     products: int  # what a layer's linear layers read and write, without the stream: LLaMA-3-8B 13 H
     mlp: int  # of these, those of the MLP: gate, up and their product, 10.5 H
     widest: int  # what the MLP's last product reads: 3.5 H
+    repeated: int  # keys and values for as many heads as queries have, where attention needs a mask
     a_rank: int  # weights of adapters of rank 1 in all linear layers
     adapters: int = 0  # weights of --lora_rank
 
@@ -56,6 +57,9 @@ def backbone_sizes(name_or_path: str, rank: int | None = None, targets=(), **whe
         raise BadInput(f"--plan: the layers of {kind} are not made of linear layers, so what they keep is not known")
     parts = dict(layers[0].named_modules())
     widths = {n: m.out_features if m.in_features == hidden else m.in_features for n, m in linear.items()}
+    config = backbone.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
     found = BackboneSizes(
         name=kind,
         weights=weights,
@@ -71,6 +75,7 @@ def backbone_sizes(name_or_path: str, rank: int | None = None, targets=(), **whe
         products=sum(width * (1 + (name[:-5] + "_norm" in parts)) for name, width in widths.items()),
         mlp=sum(width for name, width in widths.items() if "att" not in name),
         widest=max(m.in_features for m in linear.values()),
+        repeated=2 * (heads - (getattr(config, "num_key_value_heads", None) or heads)) * head_dim,
         a_rank=len(layers) * sum(m.in_features + m.out_features for m in linear.values()),
     )
     if rank is None:

@@ -124,6 +124,7 @@ def test_advice_is_right(flags, plan, llama, tmp_path):
     said = str(raised.value)
     before = run_from(*flags_of(llama, **flags), "--plan")
     assert gib_of(said) == round(needed(before) / GIB, 1) > flags["plan_gib"] and "\n" not in said
+    assert len(said) < 500
     moment = tightest(before)
     assert f"It is tightest when {moment.name}" in said
     largest = max(moment.parts, key=lambda part: moment.parts[part])
@@ -282,3 +283,8 @@ def test_every_flag_arrives(llama, tmp_path):
     assert (run.trained, run.computed, run.gpus) == (2, 2, 1) and not run.stage_1 and not run.stored
     fp32 = run_from(*flags_of(llama, bf16=False, medusa_only_heads=False, medusa_return=False))
     assert fp32.computed == fp32.trained == 4 and fp32.heads is None and fp32.evaluated == 0 == fp32.recomputed
+
+
+def test_of_several_processes_the_first_one_prints(plan, llama, monkeypatch):
+    monkeypatch.setattr("training.arguments.TrainingArguments.process_index", 1)
+    assert plan(llama, plan_gib=80) == ""

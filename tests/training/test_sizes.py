@@ -25,9 +25,10 @@ KINDS = {
 }
 
 
-def saved_by_a_layer(kind: str, dtype, autocast: bool, rank: int | None = None, tokens=256) -> float:
+def saved_by_a_layer(kind: str, dtype, autocast: bool, rank: int | None = None, packed=False, tokens=256) -> float:
     """Bytes that autograd keeps for one more layer, without weights of the model."""
-    found = []
+    found, ids = [], torch.zeros(1, tokens, dtype=torch.int64)
+    places = torch.arange(tokens)[None] % (100 if packed else tokens)
     for layers in (1, 2):
         backbone = transformers.AutoModelForCausalLM.from_config(KINDS[kind](layers), dtype=dtype)
         if rank:
@@ -44,7 +45,7 @@ def saved_by_a_layer(kind: str, dtype, autocast: bool, rank: int | None = None, 
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            backbone.get_decoder()(torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+            backbone.get_decoder()(ids, position_ids=places, use_cache=False)
         found.append(sum(storages.values()))
     return found[1] - found[0]
 
@@ -75,6 +76,17 @@ def test_what_autograd_keeps_of_a_layer(kind, dtype, autocast, rank, tmp_path):
     kept = saved_by_a_layer(kind, dtype, autocast, rank)
     assert kept == pytest.approx(step.whole_layer() + plain, rel=0.05)
     assert kept >= step.whole_layer() + plain
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_packed_rows_cost_a_mask_in_each_layer(kind, tmp_path):
+    """Of 256 x 256 numbers, and keys and values of 2 heads for the 4 of the queries."""
+    KINDS[kind](2).save_pretrained(tmp_path)
+    backbone = backbone_sizes(str(tmp_path))
+    assert backbone.repeated == 2 * 2 * (32 if kind == "qwen3" else 16)
+    kept = [saved_by_a_layer(kind, torch.float32, False, packed=packed) for packed in (False, True)]
+    plan = [Step(Run(backbone, None, False, 1, 256, computed=4, packs=packs)).whole_layer() for packs in (False, True)]
+    assert kept[1] - kept[0] == plan[1] - plan[0] == 4 * 256 * 256 + 256 * 4 * backbone.repeated
 
 
 @pytest.mark.parametrize("kind", KINDS)
