@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ADVICE = {
     "if_interrupted": ": go on from the last checkpoint with --resume_from_checkpoint True",
     "if_out_of_memory": "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), "
-    "--model_max_length or --medusa_num_heads; in stage 2 add --gradient_checkpointing True.",
+    "--model_max_length or --medusa_num_heads; in stage 2 add --gradient_checkpointing True. --plan says what fits.",
 }
 
 

@@ -107,6 +107,10 @@ def check_known(model_args, training_args):
             "it knows one GPU and FSDP2 only, not DDP and FSDP1: launch with configs/fsdp2.yaml",
         ),
         (
+            model_args.dtype == "bfloat16" and not training_args.bf16,
+            "--dtype bfloat16: it knows its memory only together with --bf16 True",
+        ),
+        (
             several and model_args.dtype == "bfloat16",
             "--dtype bfloat16 has no effect under FSDP, which keeps a shard of fp32 weights: leave it out",
         ),

@@ -233,6 +233,7 @@ def test_configs_that_are_not_known(change, sentence, plan, tmp_path):
     [
         ({"use_liger": False}, "--plan: --use_liger False: it knows the memory of Liger's kernels only"),
         ({"optim": "sgd"}, "--plan: --optim sgd: it knows the default only, adamw_torch_fused"),
+        ({"dtype": "bfloat16", "bf16": False}, "--plan: --dtype bfloat16: it knows .* together with --bf16 True"),
         ({"dtype": "bfloat16", "plan_gpus": 2}, "--plan: --dtype bfloat16 has no effect under FSDP"),
         ({"plan_gpus": 0}, "--plan_gpus 0: more than 0"),
         ({"plan_gib": "nan"}, "--plan_gib nan: more than 0"),
