@@ -13,7 +13,7 @@ ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 o
 same after two seconds of such products, when the GPU has reached its power limit, as in training.
 
 With --stored_states there is no backbone: random hidden states are read from a file as --states_path reads them. With
---data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed.
+--data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed (with a mask, and on a GPU by segments).
 """
 
 import argparse
@@ -34,6 +34,7 @@ from conversations.summary import Summary
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
 from model.path_heads import HEAD_TYPES
+from model.varlen import use_varlen
 from training.arguments import TrainingArguments
 
 # The largest relative difference in bf16 between implementations that do the same work. The last loss depends on all
@@ -129,6 +130,8 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     shape = shape | {"num_hidden_layers": 0} if data == "stored states" else shape
     model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft, kind)
     setting.choose_implementation(model, implementation, device)
+    if data == "packed varlen" and not use_varlen(model.backbone, device, torch.bfloat16):
+        raise SystemExit("attention of variable length does not fit here: see the log")
     if options.fp8_backbone:
         from training.fp8 import use_fp8
 
@@ -208,7 +211,8 @@ def conversations(options, length: int) -> dict:
     rows = prepare(data, Summary(options.data_path, len(data)), chat, **limits)
     packed = prepare(data, Summary(options.data_path, len(data)), chat, packing=True, **limits)
     # Rows that know their length are grouped by it.
-    return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed}
+    varlen = {"packed varlen": packed} if torch.cuda.is_available() else {}  # packed: with a mask
+    return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed} | varlen
 
 
 def main():
