@@ -13,7 +13,7 @@ ceiling_tflops is a bf16 product of two 8192 x 8192 matrices, the median of 30 o
 same after two seconds of such products, when the GPU has reached its power limit, as in training.
 
 With --stored_states there is no backbone: random hidden states are read from a file as --states_path reads them. With
---data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed (with a mask, and on a GPU by segments).
+--data_path, the script compares forms of real conversations: padded to --lengths, grouped by length, packed.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from conversations.summary import Summary
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
 from model.path_heads import HEAD_TYPES
-from model.varlen import use_varlen
 from training.arguments import TrainingArguments
 
 # The largest relative difference in bf16 between implementations that do the same work. The last loss depends on all
@@ -129,9 +128,7 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     draft, kind, shape = options.medusa_vocab_size, options.medusa_head_type, options.shape
     shape = shape | {"num_hidden_layers": 0} if data == "stored states" else shape
     model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft, kind)
-    setting.choose_implementation(model, implementation, device)
-    if data == "packed varlen" and not use_varlen(model.backbone, device, torch.bfloat16):
-        raise SystemExit("attention of variable length does not fit here: see the log")
+    setting.choose_implementation(model, implementation, device, varlen=data == "packed varlen")
     if options.fp8_backbone:
         from training.fp8 import use_fp8
 
@@ -203,15 +200,14 @@ def random_tokens(options, length: int) -> dict:
 
 def conversations(options, length: int) -> dict:
     """name -> dataset of real conversations, one for each way to make batches of them."""
-    stops = load_stops(options.tokenizer)
-    chat = ChatTemplate(load_tokenizer(options.tokenizer, options.chat_template), stops)
+    chat = ChatTemplate(load_tokenizer(options.tokenizer, options.chat_template), load_stops(options.tokenizer))
     data = load_conversations(options.data_path)
     data = data.shuffle(seed=0).select(range(min(options.conversations, len(data))))
     limits = {"max_length": length, "min_length": max(options.heads) + 2}
     rows = prepare(data, Summary(options.data_path, len(data)), chat, **limits)
     packed = prepare(data, Summary(options.data_path, len(data)), chat, packing=True, **limits)
-    # Rows that know their length are grouped by it.
-    varlen = {"packed varlen": packed} if torch.cuda.is_available() else {}  # packed: with a mask
+    # Rows that know their length are grouped by it. On a GPU packed ones run with a mask and without.
+    varlen = {"packed varlen": packed} if torch.cuda.is_available() else {}
     return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed} | varlen
 
 

@@ -7,6 +7,7 @@ interface. What does not fit keeps transformers' way: a block-diagonal mask for 
 
 import inspect
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def attend(module: nn.Module, query, key, value, attention_mask, scaling=None, c
     if groups > 1:  # torch 2.11 and 2.13 differ in how they are told of groups
         key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
     flat = [states.transpose(1, 2).reshape(-1, heads, size).to(value.dtype) for states in (query, key, value)]
-    kernel = varlen_attn if query.is_cuda else varlen_in_torch
+    kernel: Callable[..., torch.Tensor] = varlen_attn if query.is_cuda else varlen_in_torch  # type: ignore[assignment]
     ends = (cu_seq_lens_q, cu_seq_lens_q, length, length)
     return kernel(*flat, *ends, scale=scaling, window_size=(-1, 0)).view(batch, length, heads, size), None
 
