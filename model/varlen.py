@@ -87,7 +87,7 @@ def varlen_in_torch(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scal
     assert window_size == (-1, 0) and torch.equal(cu_seq_q, cu_seq_k)
     sizes = cu_seq_q.diff().tolist()
     parts = zip(*(states.transpose(0, 1).split(sizes, 1) for states in (query, key, value)), strict=True)
-    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale) for part in parts]
+    out = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in parts]
     return torch.cat(out, 1).transpose(0, 1)
 
 
@@ -104,10 +104,10 @@ def attend(module: nn.Module, query, key, value, attention_mask, scaling=None, c
     groups = heads // key.shape[1]
     if groups > 1:  # torch 2.11 and 2.13 differ in how they are told of groups
         key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
-    flat = [states.transpose(1, 2).reshape(-1, heads, size).to(value.dtype) for states in (query, key, value)]
-    kernel: Callable[..., torch.Tensor] = varlen_attn if query.is_cuda else varlen_in_torch  # type: ignore[assignment]
-    ends = (cu_seq_lens_q, cu_seq_lens_q, length, length)
-    return kernel(*flat, *ends, scale=scaling, window_size=(-1, 0)).view(batch, length, heads, size), None
+    q, k, v = (states.transpose(1, 2).reshape(-1, heads, size).to(value.dtype) for states in (query, key, value))
+    kernel: Callable = varlen_attn if query.is_cuda else varlen_in_torch
+    out = kernel(q, k, v, cu_seq_lens_q, cu_seq_lens_q, length, length, scale=scaling, window_size=(-1, 0))
+    return out.view(batch, length, heads, size), None
 
 
 AttentionInterface.register(VARLEN, attend)

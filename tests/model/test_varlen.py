@@ -6,7 +6,7 @@ import transformers
 from odd import LLAMA, MAKE, make_odd
 
 from medusa_model import MedusaConfig, MedusaModel
-from model.varlen import TESTED, VARLEN, attend, misfit, misfit_of_config, places, starts_of
+from model.varlen import TESTED, VARLEN, attend, misfit, misfit_of_config, places, starts_of, use_varlen
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = ((9, 1, 6), (5, 8))  # of two rows, the second with 3 tokens of padding
@@ -121,3 +121,14 @@ def test_the_kernel(monkeypatch):
     torch.testing.assert_close(found, want, rtol=0.03, atol=0.03)
     for key, gradient in gradients.items():
         assert (mine[key] - gradient).norm() <= 0.1 * gradient.norm() + 1e-3, key
+
+
+def test_use_varlen_says_what_it_did(monkeypatch, caplog):
+    backbone = make("llama", monkeypatch).backbone
+    caplog.set_level("INFO")
+    assert not use_varlen(backbone, CPU, torch.bfloat16)
+    assert backbone.config._attn_implementation == "sdpa" and "with a mask, slower" in caplog.text
+    monkeypatch.setattr("model.varlen.misfit", lambda *_: None)
+    assert use_varlen(backbone, CPU, torch.bfloat16) and "of variable length" in caplog.messages[-1]
+    told = places(backbone, torch.tensor([[0, 1, 0]]))
+    assert told["cu_seq_lens_q"].tolist() == [0, 2, 3] and told["max_length_k"] == 3
