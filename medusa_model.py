@@ -28,6 +28,7 @@ from model.loss import cap, choose_impl
 from model.output import MedusaOutput
 from model.path_heads import HEAD_TYPES, make_heads
 from model.prefix import PREFIX, load_prefix, make_prefix, run_prefix, use_liger_in_prefix
+from model.varlen import places
 from model.vocabulary import to_draft, to_full
 from model.writing import write_model
 
@@ -133,7 +134,7 @@ class MedusaModel(PreTrainedModel):
                 tokens = {"inputs_embeds": embeds}
             if hidden is None:
                 hidden = self.backbone.get_decoder()(
-                    **tokens, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                    **tokens, attention_mask=attention_mask, use_cache=False, **places(self.backbone, position_ids)
                 ).last_hidden_state
         return hidden, Text(input_ids, None if embeds is None else embeds.detach()) if self.reads_path else None
 
@@ -142,8 +143,7 @@ class MedusaModel(PreTrainedModel):
         return self.read(*args, **kwargs)[0]
 
     def for_heads(self, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-        """hidden `[B, T, H]` as heads 1 to K see it: through the prefix layer, if there is one. kwargs: as `read`'s
-        attention_mask and position_ids."""
+        """hidden `[B, T, H]` as heads 1 to K see it: through the prefix layer, if there is one. kwargs: of `read`."""
         return hidden if self.prefix is None else run_prefix(self.prefix, hidden, **kwargs)
 
     def path(self, ids: torch.Tensor) -> Path | None:
@@ -226,7 +226,7 @@ class MedusaModel(PreTrainedModel):
             return MedusaOutput(last_hidden_state=hidden)
         if own_logits:
             ours = cap(self.lm_head(hidden), self.softcap)
-            own = self.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            own = self.backbone(input_ids=input_ids, use_cache=False, **places(self.backbone, position_ids)).logits
             return MedusaOutput(logits=torch.stack([ours, own.to(ours)]))
         seen = self.for_heads(hidden, attention_mask=attention_mask, position_ids=position_ids)
         if labels is None:

@@ -25,6 +25,7 @@ from medusa_model import MedusaConfig, MedusaModel
 from model import loss as head_loss
 from model.heads import ResBlock
 from model.path_heads import MarkovHead
+from model.varlen import use_varlen
 from training.states import StoredRows, checksum, open_shard
 from training.trainer import MedusaTrainer
 
@@ -76,8 +77,11 @@ def trainer_class(implementation: str) -> type[MedusaTrainer]:
     return MedusaTrainer if implementation == "ours" else AllAtOnceTrainer
 
 
-def choose_implementation(model: MedusaModel, implementation: str, device: torch.device):
-    """Sets the kernels of an implementation. Liger falls back to its own chunk size if asked for chunks of one row."""
+def choose_implementation(model: MedusaModel, implementation: str, device: torch.device, varlen: bool = False):
+    """Sets the kernels of an implementation. Liger falls back to its own chunk size if asked for chunks of one row.
+    varlen: attention of variable length. Raises SystemExit where it does not fit."""
+    if varlen and not use_varlen(model.backbone, device, torch.bfloat16):
+        raise SystemExit("attention of variable length does not fit here: see the log")
     head_loss.CHUNK_ROWS = 1 if implementation == "liger" else CHUNK_ROWS
     model.choose_kernels(implementation != "hf", device)
 

@@ -128,7 +128,7 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     draft, kind, shape = options.medusa_vocab_size, options.medusa_head_type, options.shape
     shape = shape | {"num_hidden_layers": 0} if data == "stored states" else shape
     model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft, kind)
-    setting.choose_implementation(model, implementation, device)
+    setting.choose_implementation(model, implementation, device, varlen=data == "packed varlen")
     if options.fp8_backbone:
         from training.fp8 import use_fp8
 
@@ -200,15 +200,15 @@ def random_tokens(options, length: int) -> dict:
 
 def conversations(options, length: int) -> dict:
     """name -> dataset of real conversations, one for each way to make batches of them."""
-    stops = load_stops(options.tokenizer)
-    chat = ChatTemplate(load_tokenizer(options.tokenizer, options.chat_template), stops)
+    chat = ChatTemplate(load_tokenizer(options.tokenizer, options.chat_template), load_stops(options.tokenizer))
     data = load_conversations(options.data_path)
     data = data.shuffle(seed=0).select(range(min(options.conversations, len(data))))
     limits = {"max_length": length, "min_length": max(options.heads) + 2}
     rows = prepare(data, Summary(options.data_path, len(data)), chat, **limits)
     packed = prepare(data, Summary(options.data_path, len(data)), chat, packing=True, **limits)
-    # Rows that know their length are grouped by it.
-    return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed}
+    # Rows that know their length are grouped by it. On a GPU packed ones run with a mask and without.
+    varlen = {"packed varlen": packed} if torch.cuda.is_available() else {}
+    return {"padded": rows.remove_columns("length"), "grouped": rows, "packed": packed} | varlen
 
 
 def main():

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import assert_same, logged, make_conversations, make_tokenizer, weights, write_jsonl
 from transformers import GenerationConfig
 
@@ -139,3 +140,22 @@ def test_the_models_own_stop_tokens_are_learnt(train, model_dir, data_file, caps
     )
     train("--show_data", 1)
     assert "<|start_header_id|>⟧" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage_1", [True, False])
+def test_packed_rows_train_the_same_with_a_mask_and_by_segments(train, monkeypatch, caplog, stage_1):
+    """The whole trainer, stage 2 with layers that are recomputed; segments by plain torch."""
+    flags = ("--packing", True, "--medusa_only_heads", stage_1, "--max_steps", 4, "--model_max_length", 96)
+    flags += () if stage_1 else ("--gradient_checkpointing", True)
+    caplog.set_level(logging.INFO)
+    found = []
+    for varlen in (False, True):
+        if varlen:
+            monkeypatch.setattr("model.varlen.misfit", lambda *_: None)
+        out = train(*flags, output=f"varlen {varlen}")
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        assert ("packed rows: attention of variable length" in caplog.text) == varlen
+        found.append([(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry])
+    assert len(found[0]) == 4
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=1e-3, atol=1e-4)

@@ -23,6 +23,7 @@ from model.backbone import (
     without_layers,
 )
 from model.heads_file import HEADS_FILE, TOKEN_MAP, find_heads, load_config, load_heads
+from model.varlen import use_varlen
 from training.fsdp import reads_weights
 from training.lora_arguments import LoraArguments
 from training.states import check_model, fingerprint
@@ -104,6 +105,8 @@ def build_model(
 
         use_fp8(backbone, training_args.device)
     model.choose_kernels(model_args.use_liger, training_args.device)
+    if data_args.packing:
+        use_varlen(backbone, training_args.device, frozen)  # autocast computes in bf16 whatever weights are kept in
     model.medusa_loss = training_args.medusa_loss
     if training_args.device.type == "cuda" and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         warn_of_memory(model, torch.cuda.get_device_properties(training_args.device).total_memory)
