@@ -130,7 +130,7 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft, kind)
     setting.choose_implementation(model, implementation, device)
     if options.fp8_backbone:
-        from training.fp8 import use_fp8
+        from model.fp8 import use_fp8
 
         use_fp8(model.backbone, device)
     meter = EfficiencyCallback(FlopCount.of(model), device, warmup_steps=options.warmup)

@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from common.errors import BadInput
 from conversations.options import parse_kwargs
 from model.path_heads import HEAD_TYPES
+from training.bits_arguments import BitsArguments
 from training.lora_arguments import LoraArguments
 from training.refusals import refuse, refuse_renamed
 from training.states import read_index
@@ -161,7 +162,7 @@ class DataArguments(ConversationArguments):
 
 
 @dataclass
-class TrainingArguments(LoraArguments, transformers.TrainingArguments):
+class TrainingArguments(BitsArguments, LoraArguments, transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
     output_dir: str = computed(
         "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."
@@ -215,13 +216,6 @@ class TrainingArguments(LoraArguments, transformers.TrainingArguments):
         metadata={
             "help": "Stage 2, with --gradient_checkpointing True: recompute only the first N decoder layers, and keep "
             "the activations of the others (default: recompute all). As few as memory allows is fastest."
-        },
-    )
-    fp8_backbone: bool = field(
-        default=False,
-        metadata={
-            "help": "Stage 1: the frozen backbone multiplies in 8-bit floating point, each row scaled to its range. "
-            "Faster on GPUs that can (H100 and later), a little less exact: docs/performance.md."
         },
     )
     offload_activations: bool = field(

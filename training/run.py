@@ -62,6 +62,7 @@ def describe(model_args, data_args, training_args) -> dict:
         "lazy_preprocess": data_args.lazy_preprocess,
         "optim": OptimizerNames(training_args.optim).value,
         "lr_scheduler_type": SchedulerType(training_args.lr_scheduler_type).value,
+        "backbone_dtype": training_args.bits,
         **{name: getattr(training_args, name) for name in LORA},
     }
 
