@@ -22,7 +22,7 @@ from model.backbone import (
     meta_backbone,
     without_layers,
 )
-from model.bits import check_bits, held_bytes, quantised_by
+from model.bits import check_bits, held_bytes, is_in_few_bits, quantised_by
 from model.heads_file import HEADS_FILE, TOKEN_MAP, find_heads, load_config, load_heads
 from training.fsdp import reads_weights
 from training.lora_arguments import LoraArguments
@@ -104,6 +104,9 @@ def build_model(
         from model.fp8 import use_fp8  # not at the top: it needs Triton
 
         use_fp8(backbone, training_args.device)
+    # DDP would send rank 0's to the others, which torchao's int8 weights cannot be. All have read the same.
+    few = [f"{at}.{name}" for at, m in model.named_modules() if is_in_few_bits(m) for name, _ in m.named_parameters()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, few)
     model.choose_kernels(model_args.use_liger, training_args.device)
     model.medusa_loss = training_args.medusa_loss
     if training_args.device.type == "cuda" and not parse_flag_from_env("ACCELERATE_USE_FSDP"):

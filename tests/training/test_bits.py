@@ -1,5 +1,5 @@
-"""--backbone_dtype: a run over a backbone in few bits is the run over its weights made whole; resuming; processes; what
-the other scripts do with it; what is refused."""
+"""--backbone_dtype: a run over a backbone in few bits is the run over its weights made whole; resuming; what the other
+scripts do with it; what is refused."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_that_is_quantised_already(train, model_dir, tmp_path):
     assert logged(few) == logged(read)
     heads = {name: tensor for name, tensor in weights(read).items()}
     assert_same(weights(few), heads)
-    with pytest.raises(BadInput, match="quantised by bitsandbytes, and such weights do not train: .*stage 1"):
+    with pytest.raises(BadInput, match=r"quantised by bitsandbytes, and such weights do not train: .*stage 1"):
         train("--model_name_or_path", tmp_path / "nf4", "--max_steps", 1, output="stage2")
 
 
