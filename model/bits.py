@@ -80,7 +80,7 @@ def keep_exact(backbone: nn.Module):
     multiple of 64. Nothing changes on a GPU."""
     for layer in backbone.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # annotated as a module
 
 
 def is_in_few_bits(layer: nn.Module) -> bool:

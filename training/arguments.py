@@ -228,6 +228,8 @@ class TrainingArguments(BitsArguments, LoraArguments, transformers.TrainingArgum
 
     def __post_init__(self):
         self.check_gpus()
+        if self.optim == "muon":
+            self.optim, self.muon = "adamw_torch", True
         stage_1 = self.medusa_only_heads
         # Stage 1: as in the original Medusa recipe. Stage 2: common rates for full fine-tuning, and for adapters.
         if self.learning_rate is None:

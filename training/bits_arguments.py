@@ -1,4 +1,4 @@
-"""The flags of a frozen backbone in few bits (model/bits.py)."""
+"""The flags of what takes less memory: a frozen backbone in few bits (model/bits.py), and the optimiser."""
 
 from dataclasses import dataclass, field
 
@@ -17,6 +17,12 @@ class BitsArguments:
         },
     )
     fp8_backbone: bool = field(default=False, metadata={"help": "An older name of --backbone_dtype fp8."})
+
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={"help": "The optimiser: a name that transformers has, or muon (training/muon.py)."},
+    )
+    muon: bool = field(default=False, init=False)  # --optim muon, which transformers does not know
 
     @property
     def bits(self) -> str | None:
