@@ -44,7 +44,7 @@ def test_one_head_after_the_other_and_all_at_once(optim, train_both_ways):
 @pytest.mark.parametrize(("optim", "atol"), [("muon", 5e-4), pytest.param("adamw_torch_8bit", 1e-5, marks=SLOW)])
 def test_shards_of_fsdp2(lab, optim, atol):
     """As one process; and a run that goes on after a stop, on as many processes or on one, is one that never stopped.
-    Muon rounds to bf16 in the middle: where sums of shards differ in the last bit, its steps differ by some percent."""
+    Muon rounds to bf16 in the middle: where sums of shards differ in the last bit, its steps differ by percents."""
     flags = STAGE_1 | {"--optim": optim, "--eval_strategy": "no", "--save_steps": 2, "--logging_steps": 2}
     flags |= {"--lr_scheduler_type": "constant", "--medusa_scheduler": "constant"}
     one, two = (lab.run(kind, flags | {"--max_steps": 4}) for kind in ("one process", "FSDP2"))
