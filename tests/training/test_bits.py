@@ -6,10 +6,15 @@ import json
 import pytest
 import torch
 from conftest import assert_same, logged, make_tokenizer, weights
+from distilling import records
 from quantised import needs, whole
 
+import evaluate
+import generate
 from common.errors import BadInput
 from model.backbone import load_backbone
+
+pytest_plugins = ("distilling",)
 
 KINDS = [pytest.param("int8", marks=needs("torchao")), pytest.param("nf4", marks=needs("bitsandbytes"))]
 FLAGS = ("--medusa_only_heads", True, "--optim", "sgd", "--max_steps", 3, "--learning_rate", 0.1)
@@ -75,3 +80,53 @@ def test_states_that_a_backbone_in_few_bits_stored(kind, train, store, made_whol
     assert json.loads((states / "index.json").read_text())["backbone_dtype"] == kind
     with pytest.raises(BadInput, match="begun with another --backbone_dtype"):
         store("--dtype", "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_with_heads_is_that_of_the_backbone_in_few_bits(kind, train, made_whole, tmp_path, monkeypatch):
+    """Trained over it and decoded with it, heads change no token; and it is the text of its weights made whole."""
+    out = train(*FLAGS, "--backbone_dtype", kind)
+    texts = []
+    for more in (("--backbone_dtype", kind), ("--base_model", made_whole(kind))):
+        figures = tmp_path / "figures.json"
+        argv = [out, "--prompt", "why is the moon cold", "--max_new_tokens", 24, "--nodes", 5, "--compare", *more]
+        monkeypatch.setattr("sys.argv", ["generate.py", *map(str, argv), "--output_json", str(figures)])
+        generate.main()
+        found = json.loads(figures.read_text())
+        assert found["identical"] == 1 and found["heads"]["passes"] > 0
+        texts.append(found["answers"])
+    assert texts[0] == texts[1] and texts[0][0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracies_are_those_over_whole_weights(kind, train, made_whole, data_file, tmp_path, monkeypatch):
+    out, results = train(*FLAGS, "--backbone_dtype", kind), []
+    for more in (("--backbone_dtype", kind), ("--base_model", made_whole(kind)), ()):
+        argv = [out, "--data_path", data_file, "--max_new_tokens", 0, "--dtype", "float32", *more]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, argv), "--output_json", str(tmp_path / "a.json")])
+        evaluate.main()
+        results.append(json.loads((tmp_path / "a.json").read_text()))
+    assert results[0]["top"] == results[1]["top"] != results[2]["top"]
+
+
+@needs("bitsandbytes")
+def test_answers_are_those_of_the_backbone_in_few_bits(ask, chat_dir, tmp_path):
+    few = records(ask("few.jsonl", backbone_dtype="nf4"))
+    plain = load_backbone(str(chat_dir), dtype=torch.bfloat16)
+    plain.load_state_dict(whole(load_backbone(str(chat_dir), bits="nf4", dtype=torch.bfloat16), plain))
+    plain.save_pretrained(tmp_path / "whole")
+    make_tokenizer("llama3").save_pretrained(tmp_path / "whole")
+    assert few == records(ask("whole.jsonl", model=tmp_path / "whole")) != records(ask("bf16.jsonl"))
+    with pytest.raises(BadInput, match="made with backbone_dtype nf4, not None"):
+        ask("few.jsonl")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_beside_weights_in_few_bits(kind, train, made_whole):
+    """Stage 2 by LoRA: gradients go through the frozen weights, which are those that were made whole."""
+    flags = ("--lora_rank", 4, "--preserve_coefficient", 2, *FLAGS[2:])
+    few = train(*flags, "--backbone_dtype", kind, output="few")
+    plain = train(*flags, "--model_name_or_path", made_whole(kind), output="plain")
+    assert logged(few) == pytest.approx(logged(plain), rel=1e-5)
+    assert_same(weights(few), weights(plain), rtol=0, atol=1e-5)
+    assert any("lora_B" in name and tensor.any() for name, tensor in weights(few).items())
