@@ -80,7 +80,10 @@ class FlopCount:
             lm_head *= (4 + 6 * model.preserves) / 6
 
         def weights(module) -> int:
-            return sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Linear, Conv1D)))
+            """By their sizes: in few bits a weight has fewer numbers than that, or another name."""
+            linear = (m for m in module.modules() if hasattr(m, "in_features") and not hasattr(m, "base_layer"))
+            convolutions = (m for m in module.modules() if isinstance(m, Conv1D))
+            return sum(m.in_features * m.out_features for m in linear) + sum(m.weight.numel() for m in convolutions)
 
         prefix = 0.0
         if model.prefix is not None:  # it trains, whether the backbone does or not

@@ -40,6 +40,7 @@ from conversations.tokenizer import load_tokenizer, to_words
 from decoding.answers import answer_all
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import context_length, end_tokens, load_backbone
+from model.bits import add_bits_option
 from model.judge import check_whole
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 is greedy: the model's most likely words")
     add("--limit", type=int, help="answer only the first so many prompts")
     add("--seed", type=int, default=0, help="of the sampling, if --temperature is above 0")
+    add_bits_option(parser)
     add_options(parser)
     args = parser.parse_args()
     counts = [args.batch_size, args.max_new_tokens, args.max_prompt_length]
@@ -76,6 +78,8 @@ def settings(args, date: Date) -> dict:
     made = {"model": os.path.abspath(name) if os.path.isdir(name) else name, "temperature": args.temperature}
     made |= {"max_new_tokens": args.max_new_tokens, "max_prompt_length": args.max_prompt_length}
     made["date"] = date.isoformat()
+    if args.backbone_dtype:
+        made["backbone_dtype"] = args.backbone_dtype
     return made | ({"seed": args.seed} if args.temperature else {})
 
 
@@ -140,7 +144,7 @@ def answered(output: Path, text: str, records: list[dict], asked: list[int], bat
 def load(args) -> tuple[MedusaModel, set[int]]:
     """The model, without heads, and its end tokens. Raises BadInput if there are none, or if a prompt and its answer
     may not fit into the model's context."""
-    backbone = load_backbone(args.model_name_or_path, dtype=torch.bfloat16)
+    backbone = load_backbone(args.model_name_or_path, bits=args.backbone_dtype, dtype=torch.bfloat16)
     ends = end_tokens(backbone)
     context = context_length(backbone)
     if args.max_prompt_length + args.max_new_tokens > context:

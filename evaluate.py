@@ -49,6 +49,7 @@ from decoding.loading import load_model
 from medusa_model import MedusaModel
 from model.adapter import base_of_adapter
 from model.backbone import context_length, end_tokens, load_backbone, stop_tokens
+from model.bits import add_bits_option
 from model.heads_file import find_heads, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--original", help="stage 2: the model it began with, to compare with (default: the one an adapter is of)")
     add("--output_json", type=Path, help="write the figures there (default: HEADS/accuracy.json)")
+    add_bits_option(parser)
     add_options(parser)
     args = parser.parse_args()
     if min(args.max_new_tokens, args.adaptive) < 0 or args.batch_size < 1 or (args.model_max_length or 1) < 1:
@@ -209,7 +211,7 @@ def main():
         _, held_out = split_conversations(data, None, args.eval_holdout)
         assert held_out is not None
         data, summary = held_out, Summary("the held-out part", len(held_out))
-    model = load_model(args.heads, args.base_model, args.dtype)
+    model = load_model(args.heads, args.base_model, args.dtype, args.backbone_dtype)
     original = None
     if (name := original_name(args, stage2)) is not None:
         original = original_of(load_backbone(name, dtype=getattr(torch, args.dtype)), model)

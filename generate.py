@@ -37,6 +37,7 @@ from decoding.spec_bench import read_questions, table
 from decoding.tree import Choices
 from medusa_model import MedusaModel
 from model.backbone import context_length, end_tokens
+from model.bits import add_bits_option
 from model.heads_file import find_heads, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
     add("--output_json", type=Path, help="write answers and figures there")
     add("--system", help="a system turn for prompts that have none")
+    add_bits_option(parser)
     add_options(parser)
     args = parser.parse_args()
     counts = [args.max_new_tokens, args.batch_size] + [args.limit] * (args.limit is not None)
@@ -135,7 +137,7 @@ def main():
     tokenizer = load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template)
     chat = ChatTemplate(tokenizer, kwargs=kwargs)
     prompts = tokenise([with_system(asked, args.system) for asked in questions[: args.limit]], chat)
-    model = load_model(args.heads, args.base_model, args.dtype)
+    model = load_model(args.heads, args.base_model, args.dtype, args.backbone_dtype)
     choices, runs = decode_all(args, model, tokenizer, prompts)
     answers = [tokenizer.decode(answer, skip_special_tokens=True) for answer in runs[-1].answers]
     tree = choices._asdict() if isinstance(choices, Adaptive) else choices

@@ -21,6 +21,7 @@ from conversations.tokenizer import load_tokenizer
 from decoding.choosing import add_tree_options, check_tree_options, choose_tree
 from decoding.loading import load_model
 from model.backbone import context_length, end_tokens
+from model.bits import add_bits_option
 from model.heads_file import find_heads, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add_tree_options(parser)
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16 on a GPU, else float32)")
     add("--base_model", help="the backbone, if it has moved since the heads were trained")
+    add_bits_option(parser)
     add_options(parser)
     args = parser.parse_args()
     check_tree_options(args)
@@ -60,7 +62,7 @@ def build(args):
     chat = ChatTemplate(
         load_tokenizer(tokenizer_of(directory, stage2, args.base_model), args.chat_template), kwargs=kwargs
     )
-    model = load_model(args.heads, args.base_model, args.dtype)
+    model = load_model(args.heads, args.base_model, args.dtype, args.backbone_dtype)
     context = context_length(model.backbone)
     if (args.max_length or 0) > context:
         raise BadInput(f"--max_length {args.max_length}: the backbone knows {context} positions")

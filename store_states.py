@@ -38,6 +38,7 @@ from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
 from medusa_model import MedusaConfig, MedusaModel
 from model.backbone import load_backbone, load_backbone_config, load_without_layers
+from model.bits import BITS
 from model.judge import check_whole
 from training.arguments import ConversationArguments, DataArguments, ModelArguments, TrainingArguments, read_flags
 from training.build import check_before_data
@@ -68,6 +69,7 @@ class StoreArguments:
             "choices": ["bfloat16", "float32"],
         },
     )
+    backbone_dtype: str | None = field(default=None, metadata=LIKE["backbone_dtype"] | {"choices": [*BITS]})
     medusa_num_heads: int = field(
         default=5,
         metadata={"help": "The most heads to train from the states: rows too short for the last are left out."},
@@ -130,7 +132,8 @@ def parse(argv: list[str]) -> tuple[StoreArguments, DataArguments]:
 
 def load(store, where: dict, device: torch.device) -> MedusaModel:
     """The whole backbone, as train.py has it in stage 1."""
-    backbone = load_backbone(store.model_name_or_path, dtype=getattr(torch, store.dtype), **where)
+    dtype = getattr(torch, store.dtype)
+    backbone = load_backbone(store.model_name_or_path, bits=store.backbone_dtype, dtype=dtype, **where)
     model = MedusaModel.from_backbone(backbone, MedusaConfig(medusa_num_heads=0))
     model.freeze_backbone()
     if device.type == "cuda":
@@ -247,7 +250,7 @@ def main():
         before = begun(output)
         config = load_backbone_config(name, **where)
         tokenizer, stops = load_tokenizer(name, store.chat_template, **where), load_stops(name, **where)
-        check_before_data(name, tokenizer, data_args.model_max_length, **where)
+        check_before_data(name, tokenizer, data_args.model_max_length, bits=store.backbone_dtype, **where)
     # For templates that print it: rank 0's, as midnight may fall between two.
     date = gather_object([Date.fromisoformat(before["date"]) if before else Date.today()])[0]
     with together():

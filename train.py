@@ -50,7 +50,9 @@ def main():
     tokenizer = load_tokenizer(name, model_args.chat_template, **access)
     length, stage_1 = data_args.model_max_length, training_args.medusa_only_heads
     adapts = training_args.lora_rank is not None
-    check_before_data(name, tokenizer, length, trains_backbone=not stage_1, adapts=adapts, **access)
+    check_before_data(
+        name, tokenizer, length, trains_backbone=not stage_1, adapts=adapts, bits=training_args.bits, **access
+    )
     chat = ChatTemplate(tokenizer, load_stops(name, **access), parse_kwargs(model_args.chat_template_kwargs), date)
     train_data, eval_data = load_data(model_args, data_args, training_args, chat)
     if data_args.show_data:

@@ -8,21 +8,25 @@ All three compute the same losses of the same heads (the benchmarks compare them
 optimiser. In a group of processes hf and liger leave the heads in FSDP2's root unit, where modules stay by default.
 """
 
+import argparse
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 from transformers.models.llama import modeling_llama
 
 from common import provenance
 from medusa_model import MedusaConfig, MedusaModel
 from model import loss as head_loss
+from model.bits import keep_exact
 from model.heads import ResBlock
 from model.path_heads import MarkovHead
 from model.varlen import use_varlen
@@ -101,9 +105,11 @@ def random_model(
     draft: int | None = None,
     kind: str = "medusa",
     prefix: bool = False,
+    bits: str | None = None,
 ) -> MedusaModel:
     """A MedusaModel with random weights, made on `device`, the same for the same arguments. draft: how many tokens the
-    heads guess. kind: their type. prefix: whether they have a prefix layer.
+    heads guess. kind: their type. prefix: whether they have a prefix layer. bits: of the backbone, as
+    train.py's --backbone_dtype.
 
     The ResBlocks, and what heads keep of tokens, are random too. Heads start with zero ones, and then leaving one out
     would not show.
@@ -114,6 +120,7 @@ def random_model(
         backbone = AutoModelForCausalLM.from_config(
             LlamaConfig(**shape), dtype=torch.bfloat16 if stage == 1 else dtype
         )
+        quantise(backbone, bits)
         config, tokens = MedusaConfig(medusa_num_heads=heads, medusa_head_type=kind), draft_tokens(shape, draft)
         config.medusa_prefix_layer = prefix
         model = MedusaModel.from_backbone(backbone, config, dtype=dtype, token_map=tokens)
@@ -126,6 +133,40 @@ def random_model(
     if stage == 1:
         model.freeze_backbone()
     return model
+
+
+def quantise(backbone: Any, bits: str | None):
+    """The decoder's linear layers in few bits, in place: as transformers has them that it loads from a checkpoint."""
+    if bits == "fp8":
+        from model.fp8 import use_fp8
+
+        use_fp8(backbone, backbone.device)
+    elif bits == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(backbone.get_decoder(), Int8WeightOnlyConfig())
+    elif bits == "nf4":
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        found = [(name, layer) for name, layer in backbone.get_decoder().named_modules() if type(layer) is nn.Linear]
+        for name, layer in found:
+            few = Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, device="meta"
+            )
+            how = {"requires_grad": False, "compress_statistics": True, "quant_type": "nf4", "module": few}
+            few.weight = Params4bit(layer.weight.data, **how).to(layer.weight.device)
+            backbone.get_decoder().set_submodule(name, few)
+        keep_exact(backbone)
+
+
+def limit_memory(gib: float | None, parser: argparse.ArgumentParser):
+    """torch.OutOfMemoryError where torch would take more of the GPU than that. Ends the script without a GPU."""
+    if gib is None:
+        return
+    if not torch.cuda.is_available():
+        parser.error("--limit_gib needs a GPU")
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
 
 
 def random_rows(shape: dict, length: int, count: int, draft: int | None = None) -> list[dict]:

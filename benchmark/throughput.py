@@ -24,7 +24,8 @@ from pathlib import Path
 
 import setting
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from profiled import Trace
+from transformers import PrinterCallback
 
 from callback import EfficiencyCallback, FlopCount
 from conversations.batches import Collator
@@ -33,9 +34,12 @@ from conversations.sources import load_conversations
 from conversations.summary import Summary
 from conversations.template import ChatTemplate
 from conversations.tokenizer import load_stops, load_tokenizer
+from model.bits import BITS
 from model.path_heads import HEAD_TYPES
 from training.arguments import TrainingArguments
 
+LIMIT = "fail where torch would take more: so a large GPU acts as a small one (a CUDA context takes 0.5 GiB more)"
+OPTIM = "adamw_torch_fused"  # train.py's default
 # The largest relative difference in bf16 between implementations that do the same work. The last loss depends on all
 # earlier gradients; without a head's gradient it would stay at ln(128256) = 11.8.
 TOLERANCE = {"first_loss": 2e-3, "grad_norm": 3e-2, "last_loss": 5e-2}
@@ -65,46 +69,6 @@ def ceilings(device: torch.device) -> dict[str, str]:
     return {"ceiling_tflops": f"{rate(0):.1f}", "sustained_tflops": f"{rate(2):.1f}"}
 
 
-class Trace(TrainerCallback):
-    """Writes how the GPU spends two steps after the warm-up: its time by kernel, and the pauses between kernels."""
-
-    def __init__(self, at: int, path: Path):
-        self.at, self.path = at, path
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.at:
-            activities = torch.profiler.ProfilerActivity
-            self.profile = torch.profiler.profile(activities=[activities.CPU, activities.CUDA])
-            self.profile.start()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step != self.at + 2:  # two steps: what happens between them counts too
-            return
-        torch.cuda.synchronize()
-        self.profile.stop()
-        cuda = torch.autograd.DeviceType.CUDA
-        found = [event for event in self.profile.events() if event.device_type == cuda and "#" not in event.name]
-        spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in found)
-        by_name: dict[str, tuple[float, int]] = {}
-        pauses, end, last = [], spans[0][0], ""
-        for start, stop, name in spans:
-            total, count = by_name.get(name, (0.0, 0))
-            by_name[name] = (total + stop - start, count + 1)
-            if start > end + 20:
-                pauses.append((start - spans[0][0], start - end, last, name))
-            if stop > end:
-                end, last = stop, name
-        with self.path.open("w") as file:
-            file.write(f"two steps, {(end - spans[0][0]) / 1e3:.1f} ms under the profiler\n\nGPU ms, calls, kernel\n")
-            for name, (total, count) in sorted(by_name.items(), key=lambda item: -item[1][0]):
-                file.write(f"{total / 1e3:9.2f} {count:6d}  {name[:120]}\n")
-            file.write(
-                f"\npauses of more than 20 us: {len(pauses)}, {sum(p[1] for p in pauses) / 1e3:.2f} ms in all\n"
-            )
-            for at, length, before, after in pauses:
-                file.write(f"at {at / 1e3:8.2f} ms {length:6.0f} us  {before[:60]} -> {after[:60]}\n")
-
-
 def train(options, implementation: str, heads: int, length: int, recomputed: int, data: str, rows, device) -> dict:
     """One run -> the figures of its row."""
     steps = options.warmup + options.steps
@@ -115,6 +79,8 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
         per_device_train_batch_size=options.batch_size,
         max_steps=steps,
         learning_rate=options.learning_rate,
+        optim=options.optim,
+        optim_args=options.optim_args,
         gradient_checkpointing=recomputed > 0,
         gradient_checkpointing_layers=recomputed or None,
         train_sampling_strategy="random" if options.data_path else "sequential",
@@ -127,12 +93,10 @@ def train(options, implementation: str, heads: int, length: int, recomputed: int
     )
     draft, kind, shape = options.medusa_vocab_size, options.medusa_head_type, options.shape
     shape = shape | {"num_hidden_layers": 0} if data == "stored states" else shape
-    model = setting.random_model(shape, heads, options.stage, torch.bfloat16, device, draft, kind)
+    dtype, bits = getattr(torch, options.dtype), options.backbone_dtype
+    model = setting.random_model(shape, heads, options.stage, dtype, device, draft, kind, bits=bits)
     setting.choose_implementation(model, implementation, device, varlen=data == "packed varlen")
-    if options.fp8_backbone:
-        from training.fp8 import use_fp8
-
-        use_fp8(model.backbone, device)
+    torch.cuda.empty_cache()  # of what was there before it was in few bits
     meter = EfficiencyCallback(FlopCount.of(model), device, warmup_steps=options.warmup)
     trainer = setting.trainer_class(implementation)(
         model=model,
@@ -167,6 +131,15 @@ FIGURES = (
     *("peak_gib", "reserved_gib", "first_loss", "last_loss", "grad_norm"),
 )
 OOM = dict.fromkeys(FIGURES, "") | dict.fromkeys(("step_time_s", "tokens_per_s", "peak_gib"), "OOM")
+
+
+def described(options) -> str:
+    """What a row's `options` says: all that is not as it always was."""
+    bits, optim = options.backbone_dtype, options.optim
+    parts = [f"{bits} backbone"] * bool(bits) + [optim] * (optim != OPTIM) + [options.optim_args or ""]
+    parts += [options.dtype] * (options.dtype != "bfloat16")
+    parts += [] if options.limit_gib is None else [f"at most {options.limit_gib:g} GiB"]
+    return ", ".join(filter(None, parts))
 
 
 def differences(rows: list[dict]) -> list[str]:
@@ -227,7 +200,14 @@ def main():
     parser.add_argument("--recomputed_layers", type=int, nargs="+", help=layers_help)
     parser.add_argument("--medusa_vocab_size", type=int, help="heads guess so many tokens (default: all)")
     parser.add_argument("--medusa_head_type", choices=HEAD_TYPES, default="medusa")
-    parser.add_argument("--fp8_backbone", action="store_true", help="stage 1: as train.py's flag")
+    parser.add_argument("--backbone_dtype", choices=BITS, help="stage 1: as train.py's flag")
+    parser.add_argument(
+        "--fp8_backbone", dest="backbone_dtype", action="store_const", const="fp8", help="--backbone_dtype fp8"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of trained weights")
+    parser.add_argument("--optim", default=OPTIM, help="as train.py's flag")
+    parser.add_argument("--optim_args", help="as train.py's flag")
+    parser.add_argument("--limit_gib", type=float, help=LIMIT)
     parser.add_argument("--stored_states", type=Path, help="stage 1: the directory to keep hidden states in meanwhile")
     parser.add_argument("--data_path", help="real conversations instead of random tokens")
     parser.add_argument("--tokenizer", help="for --data_path: a Hub id or a directory")
@@ -242,8 +222,8 @@ def main():
         parser.error("--data_path and --tokenizer go together")
     if options.data_path and options.medusa_vocab_size:
         parser.error("--medusa_vocab_size takes any tokens, not those of --data_path: leave one of them out")
-    if options.fp8_backbone and options.stage == 2:
-        parser.error("--fp8_backbone is for a frozen backbone: --stage 1")
+    if options.backbone_dtype and options.stage == 2:
+        parser.error("--backbone_dtype is for a frozen backbone: --stage 1")
     if options.stored_states and (options.stage == 2 or options.implementations != ["ours"] or options.data_path):
         parser.error("--stored_states is for --stage 1 --implementations ours, without --data_path")
     if options.stored_states and not options.stored_states.is_dir():
@@ -256,6 +236,7 @@ def main():
         parser.error("--recomputed_layers needs one number for each of --lengths")
     if options.trace:
         options.trace.mkdir(parents=True, exist_ok=True)
+    setting.limit_memory(options.limit_gib, parser)
     with tempfile.TemporaryDirectory(dir=options.stored_states) as directory:
         options.stored_states = options.stored_states and Path(directory)
         measure(options)
@@ -279,9 +260,9 @@ def measure(options):
                         figures = OOM
                     gc.collect()
                     torch.cuda.empty_cache()
-                    what = "fp8 backbone" if options.fp8_backbone else ""
+                    what = described(options)
                     if options.stage == 2:
-                        what = f"{recomputed} of {layers} layers recomputed"
+                        what = ", ".join([f"{recomputed} of {layers} layers recomputed", *filter(None, [what])])
                     row = {"stage": options.stage, "heads": heads, "batch_size": options.batch_size, "length": length}
                     row |= {"medusa_vocab_size": options.medusa_vocab_size or "", "data": data}
                     row |= {"head_type": options.medusa_head_type, "implementation": implementation, "options": what}

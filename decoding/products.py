@@ -10,6 +10,7 @@ Forward only. Grids depend on shapes, never on values on the device, so that a C
 """
 
 from itertools import accumulate
+from typing import cast
 
 import torch
 import triton
@@ -155,12 +156,17 @@ class FewRowsLinear(nn.Linear):
         return self.products.of(self, x) if self.products.take(x) else super().forward(x)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it is a linear layer whose weight is as it looks: torchao's int8 weights are of a class of their own."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
 def sharing(module: nn.Module) -> list[Products]:
     """All linear layers of a module; those that read the same input share a `Products`."""
     names = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     found = []
     for part in module.modules():
-        layers = {name: layer for name, layer in part.named_children() if type(layer) is nn.Linear}
+        layers = {name: cast(nn.Linear, layer) for name, layer in part.named_children() if is_plain(layer)}
         for together in names:
             if all(name in layers for name in together):
                 found.append([layers.pop(name) for name in together])

@@ -16,18 +16,50 @@ from transformers.utils import logging
 
 from common.errors import ACCESS, NO_CODE, BadInput, first_line
 from model.adapter import CONFIG, base_of_adapter, load_merged
+from model.bits import INSTALL, check_bits, how_to_load, keep_exact
 
 
-def load_backbone(name_or_path: str, adapter: Path | None = None, **kwargs) -> PreTrainedModel:
+def load_backbone(
+    name_or_path: str, adapter: Path | None = None, bits: str | None = None, **kwargs
+) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, but failures raise BadInput with one sentence, and a directory with a
     peft adapter is the model it belongs to, with the adapter merged. adapter: a directory that may hold an adapter of
-    the model (if that is none itself)."""
+    the model (if that is none itself). bits: one of BITS, to quantise it."""
     directory, base = name_or_path, base_of_adapter(name_or_path)
     if base is None and adapter is not None and (adapter / CONFIG).is_file():
         directory, base = str(adapter), name_or_path
     if base is None:
-        return _load(AutoModelForCausalLM, name_or_path, **kwargs)
+        return _load_whole(name_or_path, bits, **kwargs)
+    if bits is not None:
+        raise BadInput(
+            f"--backbone_dtype {bits}: {directory} is an adapter, which is merged into whole weights: first "
+            f"python export.py {directory} --to peft-merged --output DIRECTORY"
+        )
     return load_merged(directory, base, lambda base: _load(AutoModelForCausalLM, base, **kwargs))
+
+
+def _load_whole(name: str, bits: str | None, **kwargs) -> PreTrainedModel:
+    where = {key: kwargs[key] for key in ("cache_dir", "trust_remote_code") if key in kwargs}
+    config = load_backbone_config(name, **where)
+    check_bits(bits, config, name)
+    how = how_to_load(bits, config, kwargs.get("dtype", "auto"))
+    try:
+        backbone = _load(AutoModelForCausalLM, name, **kwargs | how)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError) as error:
+        if not how:
+            raise
+        raise BadInput(
+            f"cannot load the backbone {name} in few bits: {first_line(error)} (packages: {INSTALL}; not every "
+            "quantisation runs on every machine)"
+        ) from error
+    keep_exact(backbone)
+    if bits == "fp8":
+        from model.fp8 import use_fp8  # not at the top: it needs Triton
+
+        use_fp8(backbone, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return backbone
 
 
 def load_backbone_config(name_or_path: str, **kwargs) -> PreTrainedConfig:

@@ -95,12 +95,16 @@ def gpus(training_args) -> int:
 def check_known(model_args, training_args):
     """Raises BadInput for a way to train that plans are not of."""
     several, sharded = gpus(training_args) > 1, parse_flag_from_env("ACCELERATE_USE_FSDP")
-    optim = str(getattr(training_args.optim, "value", training_args.optim))
+    optim = "muon" if training_args.muon else str(getattr(training_args.optim, "value", training_args.optim))
     unknown = (
         (not model_args.use_liger, "--use_liger False: it knows the memory of Liger's kernels only"),
         (
             optim != "adamw_torch_fused",
             f"--optim {optim}: it knows the default only, adamw_torch_fused",
+        ),
+        (
+            training_args.bits in ("int8", "nf4"),
+            f"--backbone_dtype {training_args.bits}: it knows backbones of bfloat16 and float32 only",
         ),
         (
             training_args.world_size > 1 and (not sharded or is_version_1()),

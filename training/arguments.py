@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from common.errors import BadInput
 from conversations.options import parse_kwargs
 from model.path_heads import HEAD_TYPES
+from training.bits_arguments import BitsArguments
 from training.lora_arguments import LoraArguments
 from training.plan_arguments import PlanArguments
 from training.refusals import refuse, refuse_renamed
@@ -162,7 +163,7 @@ class DataArguments(ConversationArguments):
 
 
 @dataclass
-class TrainingArguments(PlanArguments, LoraArguments, transformers.TrainingArguments):
+class TrainingArguments(BitsArguments, PlanArguments, LoraArguments, transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenised data are kept."})
     output_dir: str = computed(
         "Where checkpoints and the result go. {stage} in it becomes 1 or 2. Default: trainer_output."
@@ -218,13 +219,6 @@ class TrainingArguments(PlanArguments, LoraArguments, transformers.TrainingArgum
             "the activations of the others (default: recompute all). As few as memory allows is fastest."
         },
     )
-    fp8_backbone: bool = field(
-        default=False,
-        metadata={
-            "help": "Stage 1: the frozen backbone multiplies in 8-bit floating point, each row scaled to its range. "
-            "Faster on GPUs that can (H100 and later), a little less exact: docs/performance.md."
-        },
-    )
     offload_activations: bool = field(
         default=False,
         metadata={
@@ -235,6 +229,8 @@ class TrainingArguments(PlanArguments, LoraArguments, transformers.TrainingArgum
 
     def __post_init__(self):
         self.check_gpus()
+        if self.optim == "muon":
+            self.optim, self.muon = "adamw_torch", True
         stage_1 = self.medusa_only_heads
         # Stage 1: as in the original Medusa recipe. Stage 2: common rates for full fine-tuning, and for adapters.
         if self.learning_rate is None:

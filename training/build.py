@@ -22,6 +22,7 @@ from model.backbone import (
     meta_backbone,
     without_layers,
 )
+from model.bits import check_bits, held_bytes, is_in_few_bits, quantised_by
 from model.heads_file import HEADS_FILE, TOKEN_MAP, find_heads, load_config, load_heads
 from model.varlen import use_varlen
 from training.fsdp import reads_weights
@@ -78,7 +79,7 @@ def build_model(
     elif stored:
         backbone = load_without_layers(model_args.model_name_or_path, config, dtype=dtype, **where)
     else:
-        backbone = load_backbone(model_args.model_name_or_path, dtype=dtype, **where)
+        backbone = load_backbone(model_args.model_name_or_path, bits=training_args.bits, dtype=dtype, **where)
     if stored:
         check_model(data_args.states_path, model_args.model_name_or_path, fingerprint(backbone) if reads else None)
     model = MedusaModel.from_backbone(
@@ -100,10 +101,13 @@ def build_model(
         model.freeze_backbone()
     if lora:
         adapt(model, training_args, trainable, training_args.seed)
-    if training_args.fp8_backbone:
-        from training.fp8 import use_fp8  # not at the top: it needs Triton
+    if training_args.bits == "fp8" and not reads:  # where it is read, it is so already
+        from model.fp8 import use_fp8  # not at the top: it needs Triton
 
         use_fp8(backbone, training_args.device)
+    # DDP would send rank 0's to the others, which torchao's int8 weights cannot be. All have read the same.
+    few = [f"{at}.{name}" for at, m in model.named_modules() if is_in_few_bits(m) for name, _ in m.named_parameters()]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, few)
     model.choose_kernels(model_args.use_liger, training_args.device)
     if data_args.packing:
         use_varlen(backbone, training_args.device, frozen)  # autocast computes in bf16 whatever weights are kept in
@@ -129,7 +133,7 @@ def adapt(model: MedusaModel, args: LoraArguments, dtype: torch.dtype | None = N
 def warn_of_memory(model: MedusaModel, device_bytes: int):
     """Warns if one GPU cannot hold the whole model in training: value, gradient and AdamW's two moments of each
     trained weight, and the value of each frozen one."""
-    kept = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
+    kept = sum(held_bytes(p) * (4 if p.requires_grad else 1) for p in model.parameters())
     if kept > device_bytes:
         logger.warning(
             "weights, gradients and Adam's moments take %.0f GB, and a GPU has %.0f: memory will run out. Share them "
@@ -139,7 +143,7 @@ def warn_of_memory(model: MedusaModel, device_bytes: int):
 
 
 def check_before_data(
-    name_or_path: str, tokenizer, max_length: int | None, trains_backbone=False, adapts=False, **where
+    name_or_path: str, tokenizer, max_length: int | None, trains_backbone=False, adapts=False, bits=None, **where
 ):
     """Raises BadInput for what the backbone's config alone shows, before conversations are tokenised and gigabytes
     are read: it cannot have heads, or not this stage; it has fewer embeddings than the tokenizer has tokens, or fewer
@@ -150,6 +154,12 @@ def check_before_data(
             "peft-merged --output DIRECTORY, or give --model_name_or_path the model that it is of"
         )
     backbone = meta_backbone(name_or_path, **where)
+    check_bits(bits, backbone.config, name_or_path)
+    if trains_backbone and (method := quantised_by(backbone.config)) is not None:
+        raise BadInput(
+            f"{name_or_path} is quantised by {method}, and such weights do not train: train the heads alone, with "
+            "--medusa_only_heads True (stage 1)"
+        )
     if trains_backbone and has_experts(backbone):
         raise BadInput(
             f"{type(backbone).__name__} is a mixture of experts, and stage 2 has no loss that keeps them balanced: "

@@ -198,6 +198,8 @@ class CheckpointingTrainer(HookedTrainer):
         for group, (rate, decay), now in zip(optimizer.param_groups, asked, rates, strict=True):
             if rate != group["initial_lr"]:
                 logger.info("the learning rate is %g from here on, and was %g", rate, group["initial_lr"])
+            if isinstance(group["lr"], torch.Tensor):  # torchao's optimisers keep the rate in one
+                now = torch.full_like(group["lr"], float(now))
             group |= {"initial_lr": rate, "lr": now, "weight_decay": decay}
         schedule.load_state_dict(saved | {"base_lrs": [rate for rate, _ in asked], "_last_lr": rates})
 

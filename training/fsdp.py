@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from common.errors import BadInput
 from medusa_model import MedusaModel
 from model.backbone import decoder_layers
+from model.bits import PACKAGES, is_in_few_bits, quantised_by
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,16 @@ def reads_weights(config, training_args) -> bool:
     (FSDP1: the first process of each node), or 8 processes would hold 8 copies of an 8B model, 32 GB each in fp32.
 
     config: the backbone's. If its embeddings are tied, every process reads: the tie is lost when weights are sent
-    (accelerate 1.15). Such models are small.
+    (accelerate 1.15). Such models are small. So are those in few bits, which accelerate cannot send either.
     """
     if not all(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))):
         return True
     if config.get_text_config().tie_word_embeddings:
         logger.info("tied embeddings: every process reads the backbone itself")
+        disable_fsdp_ram_efficient_loading()
+        return True
+    if training_args.bits in PACKAGES or quantised_by(config) is not None:
+        logger.info("a backbone in few bits: every process reads and keeps the whole of it")
         disable_fsdp_ram_efficient_loading()
         return True
     # FSDP1: each node's first process may be the one that sends.
@@ -68,6 +73,8 @@ def configure(plugin, model: MedusaModel):
         )
     if head and head not in names:
         raise BadInput(f"fsdp_transformer_layer_cls_to_wrap is {','.join(names)}: add {head}, or leave it out")
+    if few := [layer for layer in model.backbone.modules() if is_in_few_bits(layer)]:
+        plugin.ignored_modules = few  # each process keeps them whole: a shard of codes has no scales of its own
     if plugin.mixed_precision_policy is not None:
         # accelerate's policy would reduce gradients in bf16 and round each head's loss to bf16 (15.2 to 15.25).
         policy: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}

@@ -43,6 +43,36 @@ def about_plan(training) -> tuple:
     )
 
 
+def about_bits(training) -> tuple:
+    """Refusals of a backbone in few bits."""
+    bits, flag = training.bits, f"--backbone_dtype {training.bits}"
+    frozen, old = training.medusa_only_heads, training.fp8_backbone
+    fsdp_1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and is_version_1()
+    return (
+        (
+            old and training.backbone_dtype not in (None, "fp8"),
+            f"--fp8_backbone is --backbone_dtype fp8, and not {training.backbone_dtype}: leave one of them out",
+        ),
+        (
+            training.backbone_dtype == "bfloat16" and not training.bf16,
+            "--backbone_dtype bfloat16 goes with --bf16 True",
+        ),
+        (
+            bits == "fp8" and not frozen,
+            f"{flag} is for a backbone that is frozen: it goes with --medusa_only_heads True (stage 1)",
+        ),
+        (
+            bits is not None and not frozen and training.lora_rank is None,
+            f"{flag} is for a backbone whose weights do not train: --medusa_only_heads True (stage 1), or --lora_rank",
+        ),
+        (bits == "fp8" and not training.bf16, f"{flag} goes with --bf16 True: what is not a product stays in bf16"),
+        (
+            bits in ("int8", "nf4") and fsdp_1,
+            f"{flag} needs FSDP2: FSDP1 makes one flat weight of a layer's, and these are of several dtypes",
+        ),
+    )
+
+
 def about_states(model, data, training) -> tuple:
     """Refusals of --states_path: what was decided when the states were stored, and what needs the layers."""
     if data.states_path is None:
@@ -57,7 +87,11 @@ def about_states(model, data, training) -> tuple:
             f"--states_path has its conversations already, chosen when they were stored: leave out "
             f"{' and '.join(decided)}",
         ),
-        (training.fp8_backbone, "--fp8_backbone does nothing with --states_path: no layer of the backbone runs"),
+        (
+            training.bits is not None,
+            f"--backbone_dtype {training.bits} does nothing with --states_path: no layer of the backbone runs; it "
+            "goes to store_states.py",
+        ),
         (data.lazy_preprocess, "--lazy_preprocess does nothing with --states_path: the rows are tokens already"),
         (data.packing, "--packing does nothing with --states_path: heads drop padding, and no attention runs"),
     )

@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.errors import BadInput
 from conversations.sources import is_share_or_number
-from training.part_refusals import about_lora, about_plan, about_states
+from training.part_refusals import about_bits, about_lora, about_plan, about_states
 
 RENAMED = {  # flags of older transformers, which the parser would only call unknown
     "--warmup_ratio": "--warmup_steps 0.1 (a value below 1 is a ratio)",
@@ -138,14 +138,7 @@ def refuse(model, data, training):
             "--neftune_noise_alpha does nothing to a frozen backbone: leave it out in stage 1",
         ),
         # ---- memory and speed ----
-        (
-            training.fp8_backbone and not stage_1,
-            "--fp8_backbone is for a backbone that is frozen: it goes with --medusa_only_heads True (stage 1)",
-        ),
-        (
-            training.fp8_backbone and not training.bf16,
-            "--fp8_backbone goes with --bf16 True: what is not a product stays in bf16",
-        ),
+        *about_bits(training),
         (
             training.offload_activations and not recomputes,
             "--offload_activations keeps what --gradient_checkpointing True of stage 2 leaves: use it with that",

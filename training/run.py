@@ -11,7 +11,6 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from common import provenance
 from common.errors import BadInput
@@ -20,6 +19,7 @@ from model.adapter import WEIGHTS
 from model.heads_file import HEADS_DIR, HEADS_FILE
 from training.checkpoints import INCOMPLETE, RUN_FILE, read_run
 from training.lora_arguments import NAMES as LORA
+from training.optimiser import optim_name
 from training.states import StoredRows
 from training.vocabulary import arrow_columns
 
@@ -60,8 +60,9 @@ def describe(model_args, data_args, training_args) -> dict:
         "train_sampling_strategy": str(training_args.train_sampling_strategy),
         "packing": data_args.packing,
         "lazy_preprocess": data_args.lazy_preprocess,
-        "optim": OptimizerNames(training_args.optim).value,
+        "optim": optim_name(training_args),
         "lr_scheduler_type": SchedulerType(training_args.lr_scheduler_type).value,
+        "backbone_dtype": training_args.bits,
         **{name: getattr(training_args, name) for name in LORA},
     }
 

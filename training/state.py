@@ -34,6 +34,9 @@ BROKEN_LIST = (AttributeError, KeyError, TypeError, ValueError)
 READ_ERRORS = (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException, *BROKEN_LIST)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: independent of groups and ranks
 
+# bitsandbytes hands its state out a level deeper than it keeps it (0.50), and torch looks for it where it is kept.
+WRAPPED = "__bnb_optimizer_quant_state__."
+
 
 def _state(model, optimizer, weights: bool) -> dict:
     state: dict[str, Any] = {}
@@ -45,7 +48,8 @@ def _state(model, optimizer, weights: bool) -> dict:
         if heads.token_map is not None:  # as it is the buffer itself, loading writes into that
             state["heads"] = {TOKEN_MAP: heads.token_map}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=FLAT)
+        found = get_optimizer_state_dict(model, optimizer, options=FLAT)
+        state["optimizer"] = {name.replace(WRAPPED, ""): value for name, value in found.items()}
     return state
 
 

@@ -44,6 +44,7 @@ def make_plan(store, data_args, chat: ChatTemplate, date: Date, backbone, rows: 
         "model": fingerprint(backbone),
         "hidden_size": hidden_size,
         "dtype": store.dtype,
+        "backbone_dtype": store.backbone_dtype,
         "model_max_length": data_args.model_max_length,
         "medusa_num_heads": store.medusa_num_heads,
         "chat_template": template_hash(chat),

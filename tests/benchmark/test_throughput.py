@@ -136,8 +136,13 @@ def test_real_conversations(bench, tmp_path):
         ("--stage 1 --data_path chats.jsonl", "--data_path and --tokenizer go together"),
         ("--stage 1 --data_path a --tokenizer b --medusa_vocab_size 9", "takes any tokens, not those of --data_path"),
         ("--stage 1 --implementations ours --stored_states absent", "there is no directory --stored_states absent"),
-        ("--stage 2 --fp8_backbone", "--fp8_backbone is for a frozen backbone"),
+        ("--stage 2 --fp8_backbone", "--backbone_dtype is for a frozen backbone"),
         ("--stage 2 --recomputed_layers 1", "--recomputed_layers needs one number for each of --lengths"),
+        pytest.param(
+            "--stage 1 --limit_gib 23",
+            "--limit_gib needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         pytest.param(
             "--stage 1 --trace somewhere",
             "--trace needs a GPU",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import logged, weights
 from lab import CASES, CLIP, EACH, HSDP, INTERPRETED, NO_DIFFERENCE, STAGE_1, STEPS, assert_close, figures
+from quantised import needs
 
 pytestmark = pytest.mark.processes
 # FSDP1 and DDP train all heads at once, by the same code as one process; here are what each adds, weights in units and
@@ -167,3 +168,13 @@ def test_bf16_from_stored_states(kind, lab):
         assert logged(got, key)[0] == pytest.approx(logged(online, key)[0], rel=1e-2)
     assert logged(got) == pytest.approx(logged(want), rel=2e-2)
     assert logged(got) == pytest.approx(logged(online), rel=5e-2)
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "DDP"])
+@pytest.mark.parametrize(
+    "bits", [pytest.param("int8", marks=needs("torchao")), pytest.param("nf4", marks=needs("bitsandbytes"))]
+)
+def test_a_backbone_in_few_bits_beside_sharded_heads(lab, bits, kind):
+    flags = STAGE_1 | {"--backbone_dtype": bits, "--max_steps": 3, "--eval_strategy": "no", "--save_strategy": "no"}
+    one, two = lab.run("one process", flags), lab.run(kind, flags)
+    assert_close(two.out, one.out)

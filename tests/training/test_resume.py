@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import logged, saved_state, weights
 from lab import CASES, HSDP, HYDRA, STAGE_1, STAGE_2, STATES, STEPS, Run, assert_close, assert_identical
+from quantised import needs
 
 from common.errors import BadInput
 
@@ -124,8 +125,13 @@ def test_heads_of_another_type_are_units_of_another_name(lab):
     assert_one_line(run, "MedusaHead, but the model has no such class: write LlamaDecoderLayer,HydraHead, or leave it")
 
 
-def test_an_optimiser_that_cannot_have_shards(lab):
-    assert_one_line(lab.launch("FSDP2", STAGE_1 | {"--optim": "adafactor"}), "--optim adafactor cannot work on FSDP")
+@pytest.mark.parametrize("optim", ["adafactor", pytest.param("adamw_8bit", marks=needs("bitsandbytes"))])
+def test_an_optimiser_that_cannot_have_shards(lab, optim):
+    assert_one_line(lab.launch("FSDP2", STAGE_1 | {"--optim": optim}), f"--optim {optim} cannot work on FSDP")
+
+
+def test_muon_needs_fsdp2(lab):
+    assert_one_line(lab.launch("FSDP1", STAGE_1 | {"--optim": "muon"}), "--optim muon needs FSDP2")
 
 
 def test_ranks_with_different_data(lab):

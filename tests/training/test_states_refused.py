@@ -18,7 +18,7 @@ from training.states import read_index
         (("--medusa_only_heads", False), "--states_path goes with --medusa_only_heads True"),
         (("--data_path", "d"), "--states_path has its conversations already.*leave out --data_path"),
         (("--eval_holdout", 3, "--train_split", "s"), "leave out --train_split and --eval_holdout"),
-        (("--fp8_backbone", True, "--bf16", True), "--fp8_backbone does nothing with --states_path"),
+        (("--fp8_backbone", True, "--bf16", True), "--backbone_dtype fp8 does nothing with --states_path"),
         (("--lazy_preprocess", True), "--lazy_preprocess does nothing"),
         (("--packing", True), "--packing does nothing"),
         (("--model_max_length", 32), "stored with --model_max_length 64: leave it out"),

@@ -7,7 +7,7 @@ from conftest import TRITON, make_backbone, weights
 
 from common.errors import BadInput
 from medusa_model import MedusaConfig, MedusaModel
-from training import fp8
+from model import fp8
 
 # Relative, of a rounded number: at most 1/16 (1/8 where it is cut), evenly spread.
 ERROR = {"cpu": 0.1, "cuda": 0.045}

@@ -1,4 +1,4 @@
-"""The frozen backbone's matrix products in 8-bit floating point (`--fp8_backbone`, stage 1).
+"""The frozen backbone's matrix products in 8-bit floating point (`--backbone_dtype fp8`, stage 1).
 
 An H100 multiplies fp8 twice as fast as bf16. An fp8 number (e4m3) has 3 mantissa bits and is at most 448. So each row
 of the input (a token) and each row of the weight (an output) is first scaled to its own range. The weights stay in
@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from common.errors import BadInput
-from model.backbone import decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +63,15 @@ class Fp8Linear(nn.Linear):
 def use_fp8(backbone: PreTrainedModel, device: torch.device):
     """Makes the decoder's linear layers Fp8Linear; their weights and names stay. Raises BadInput if fp8 cannot run."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BadInput("--fp8_backbone needs a GPU with fp8 products (H100 and later)")
+        raise BadInput("--backbone_dtype fp8 needs a GPU with fp8 products (H100 and later)")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise BadInput(
-            f"--fp8_backbone: a {torch.cuda.get_device_name(device)} has no fp8 products (H100 and later do)"
+            f"--backbone_dtype fp8: a {torch.cuda.get_device_name(device)} has no fp8 products (H100 and later do)"
         )
-    layers = [m for m in decoder_layers(backbone).modules() if type(m) is nn.Linear]
+    layers = [m for m in backbone.get_decoder().modules() if type(m) is nn.Linear]
     odd = [layer for layer in layers if layer.in_features % 16 or layer.out_features % 16]
     if odd:
-        raise BadInput(f"--fp8_backbone: {odd[0]} is not a multiple of 16 wide, which fp8 products must be")
+        raise BadInput(f"--backbone_dtype fp8: {odd[0]} is not a multiple of 16 wide, which fp8 products must be")
     for layer in layers:
         layer.__class__ = Fp8Linear
     logger.info("fp8: %d linear layers of the backbone", len(layers))
