@@ -1,9 +1,7 @@
 """The LLaMA-3 scripts without a GPU: what they would start, under sh as under bash."""
 
-import os
 import re
 import shutil
-import subprocess
 
 import pytest
 import setting
@@ -19,26 +17,6 @@ from training.plan import GIB, tightest
 SCRIPT, SLURM_SCRIPT = ROOT / "scripts/llama3_8b_medusa.sh", ROOT / "scripts/slurm_llama3_8b_medusa.sh"
 SLURM_JOB = {"SLURM_JOB_ID": "1234567", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07-08]"}
 SCONTROL = 'test "$*" = "show hostnames gpu[07-08]" && printf "gpu07\\ngpu08\\n"'
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Runs a script with `echo` in place of Python: it prints the command instead of starting it.
-
-    gpus: how many nvidia-smi lists. programs: name=commands of others to put on PATH, other keywords are variables.
-    """
-
-    def run(*flags, shell="bash", script=SCRIPT, cwd=ROOT, gpus=0, programs=(), **variables):
-        listing = "".join(f"echo 'GPU {i}: a GPU (UUID: GPU-{i})'\n" for i in range(gpus))
-        for name, commands in {"nvidia-smi": listing, **dict(programs)}.items():
-            (tmp_path / name).write_text(f"#!/bin/sh\n{commands}\n")
-            (tmp_path / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "echo", "VENV": "none"} | variables
-        return subprocess.run(
-            [shell, script, *flags], capture_output=True, text=True, check=False, env=environment, cwd=cwd, timeout=20
-        )
-
-    return run
 
 
 def launcher_flags(done) -> list[str]:
