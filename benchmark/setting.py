@@ -153,8 +153,8 @@ def quantise(backbone: Any, bits: str | None):
             few = Linear4bit(
                 layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, device="meta"
             )
-            how = {"requires_grad": False, "compress_statistics": True, "quant_type": "nf4", "module": few}
-            few.weight = Params4bit(layer.weight.data, **how).to(layer.weight.device)
+            how: Any = {"requires_grad": False, "compress_statistics": True, "quant_type": "nf4", "module": few}
+            few.weight = Params4bit(layer.weight.data, **how).to(layer.weight.device)  # type: ignore[misc,unused-ignore]
             backbone.get_decoder().set_submodule(name, few)
         keep_exact(backbone)
 

@@ -221,7 +221,8 @@ def test_liger_computes_the_same(dtype, monkeypatch):
         assert module.forward.__func__ is not type(module).forward
     out, found = run()
     rtol = 1e-5 if dtype == torch.float32 else 3e-2  # bf16: three sums of rounded products lie behind each other
-    for name, (a, b) in {"out": (out, want)} | {name: (found[name], grads[name]) for name in grads}.items():
+    pairs = {"out": (out, want)} | {name: (found[name], grads[name]) for name in grads}
+    for name, (a, b) in pairs.items():
         assert (a - b).norm() <= rtol * b.norm(), name
 
 
