@@ -65,7 +65,7 @@ def test_batching_changes_no_answer(ask, chat_dir, monkeypatch):
     assert len({text for text, _ in alone.values()}) > 3  # different ones, and some that have no end
     assert 0 < sum(unfinished for _, unfinished in alone.values()) < len(alone)
 
-    monkeypatch.setattr(distill, "load_backbone", lambda name, dtype: load_backbone(name, dtype=torch.float32))
+    monkeypatch.setattr(distill, "load_backbone", lambda name, bits, dtype: load_backbone(name, dtype=torch.float32))
     for size in (1, 4, len(PROMPTS)):
         written = records(ask(f"{size}.jsonl", batch_size=size))
         found = {r["prompt"]: (r["messages"][1]["content"], r.get("unfinished", False)) for r in written}
