@@ -15,9 +15,16 @@ import argparse
 import json
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from conversations.files import read_records
+from conversations.records import CUT_OFF
 
 KINDS = ("question", "translation", "qa", "sum", "summary", "passage")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-ZÄÖÜ])")
@@ -67,17 +74,10 @@ SUMS = (
 )
 
 
-def conversations(path: Path) -> list[list[tuple[str, str]]]:
+def read_turns(path: Path) -> list[list[tuple[str, str]]]:
     """-> the turns of each whole conversation, as (who, text)."""
-    found, text = [], path.read_text(encoding="utf-8", errors="replace")
-    decoder, place = json.JSONDecoder(), text.index("[") + 1
-    while (start := text.find("{", place)) >= 0:
-        try:
-            record, place = decoder.raw_decode(text, start)
-        except ValueError:  # the file ends within this one
-            break
-        found.append([(turn["from"], turn["value"]) for turn in record["conversations"]])
-    return found
+    whole: Iterator[Any] = (record for record in read_records(str(path)) if record is not CUT_OFF)
+    return [[(turn["from"], turn["value"]) for turn in record["conversations"]] for record in whole]
 
 
 def passage(sentences: list[str], most: int, draw: random.Random) -> str:
@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--most", type=json.loads, default={}, help='prompts of a kind at most: {"question": 34000}')
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    draw, found = random.Random(options.seed), conversations(options.sharegpt)
+    draw, found = random.Random(options.seed), read_turns(options.sharegpt)
     german = options.german.read_text(encoding="utf-8").splitlines() if options.german else []
     draw.shuffle(german)
     for path, chats, sentences, most in (

@@ -32,7 +32,7 @@ from decoding.products import AllHeads, Products, sharing
 from decoding.sampling import GREEDY, Sampling, choose
 from decoding.tree import Choices, Layout, check, filled_up, for_rows, layout, ranks
 from medusa_model import MedusaModel
-from model.backbone import context_length, rope_follows_length
+from model.backbone import context_length, head_size, rope_follows_length
 from model.heads import ResBlock
 from model.loss import cap
 
@@ -61,8 +61,7 @@ class Decoder:
         self.model, self.sampling, self.agree = model.eval(), sampling, agree
         device = self.device = model.lm_head.weight.device
         config = model.backbone.config.get_text_config()
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.kernels, rope_moves = can_run(device, size), rope_follows_length(config)
+        self.kernels, rope_moves = can_run(device, head_size(config)), rope_follows_length(config)
         self.growing: Growing | None = None
         self.ranks = 0  # guesses of each head, where they are the same behind all parents
         if isinstance(choices, Adaptive):

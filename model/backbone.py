@@ -130,6 +130,11 @@ def decoder_layers(backbone: PreTrainedModel) -> nn.ModuleList:
     raise BadInput(f"{type(backbone).__name__} has no list of its {number} decoder layers: not supported")
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """How many numbers a query or key of attention has. config: of the text."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def has_experts(backbone: PreTrainedModel) -> bool:
     """Whether it is a mixture of experts. transformers has them under many names in configs, but one in modules."""
     return any("experts" in f"{name} {type(module).__name__}".lower() for name, module in backbone.named_modules())

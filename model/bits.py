@@ -44,7 +44,7 @@ def quantised_by(config: PreTrainedConfig) -> str | None:
 
 def check_bits(bits: str | None, config: PreTrainedConfig, name: str):
     """Raises BadInput if a package is missing, or if the backbone `name` is quantised already. config: its own."""
-    if bits is None or bits == "bfloat16":
+    if bits is None:
         return
     if (method := quantised_by(config)) is not None:
         raise BadInput(f"--backbone_dtype {bits}: {name} is quantised already, by {method}: leave the flag out")

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from model.backbone import head_size
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch
@@ -50,7 +52,7 @@ def misfit_of_config(config) -> str | None:
         return "the backbone has a sliding window"
     if getattr(config, "attention_dropout", 0):
         return "the backbone has dropout in its attention"
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(config)
     return f"the kernel does not know heads of {size} numbers" if size > 256 or size % 8 else None
 
 

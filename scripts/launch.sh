@@ -27,6 +27,10 @@ find_gpus() { # sets FOUND, how many there are, and NUM_GPUS, how many to use, u
     NUM_GPUS="${NUM_GPUS:-$FOUND}"
     need_number NUM_GPUS "$NUM_GPUS"
 }
+need_gpu() { # after find_gpus
+    [ "$NUM_GPUS" -ge 1 ] ||
+        fail "no NVIDIA GPU found (nvidia-smi -L lists none). Without a GPU try: bash scripts/quickstart.sh"
+}
 find_nodes() { # sets NUM_NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; a variable that is set wins over SLURM's
     NUM_NODES="${NUM_NODES:-${SLURM_NNODES:-1}}"
     MASTER_PORT="${MASTER_PORT:-29500}"
@@ -47,9 +51,8 @@ find_nodes() { # sets NUM_NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT; a varia
 }
 find_machines() { # all of the above, and sets CONFIG
     find_gpus
-    if [ "$NUM_GPUS" -lt 1 ]; then
-        fail "no NVIDIA GPU found (nvidia-smi -L lists none). Without a GPU try: bash scripts/quickstart.sh"
-    elif [ "$FOUND" -gt 0 ] && [ "$NUM_GPUS" -gt "$FOUND" ]; then
+    need_gpu
+    if [ "$FOUND" -gt 0 ] && [ "$NUM_GPUS" -gt "$FOUND" ]; then
         fail "NUM_GPUS is $NUM_GPUS, but there are only $FOUND (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
     fi
     find_nodes

@@ -15,7 +15,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . scripts/launch.sh
 find_gpus
-[ "$NUM_GPUS" -ge 1 ] || fail "no NVIDIA GPU found (nvidia-smi -L lists none). Without a GPU try: bash scripts/quickstart.sh"
+need_gpu
 . scripts/setup.sh
 MODEL="${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct}"
 OUTPUT_DIR="${OUTPUT_DIR:-out/llama3_8b_medusa_24gb}"

@@ -11,8 +11,10 @@ from accelerate.utils import parse_flag_from_env
 
 from common import terminal
 from common.errors import BadInput
-from medusa_model import MedusaConfig
+from model.bits import PACKAGES
+from training.build import heads_config
 from training.fsdp import is_version_1
+from training.optimiser import optim_name
 from training.plan import GIB, PARTS, Moment, Run, Step, tightest
 from training.sizes import backbone_sizes
 from training.states import read_index
@@ -48,14 +50,8 @@ def run_of(model_args, data_args, training_args) -> Run:
     backbone = backbone_sizes(name, training_args.lora_rank, targets, **where)
     config = None
     if model_args.num_heads:
-        config = MedusaConfig(
-            medusa_num_heads=model_args.num_heads,
-            medusa_num_layers=model_args.medusa_num_layers,
-            medusa_head_type=model_args.medusa_head_type,
-            medusa_rank=model_args.medusa_rank or MedusaConfig.medusa_rank,
-            medusa_prefix_layer=model_args.medusa_prefix_layer,
-            medusa_vocab_size=model_args.medusa_vocab_size,
-        )
+        config = heads_config(model_args)
+        config.medusa_vocab_size = model_args.medusa_vocab_size
         config.set_sizes(backbone.vocab, backbone.hidden, backbone.name)
     length, recomputed = data_args.model_max_length, 0
     if length is None:
@@ -95,7 +91,7 @@ def gpus(training_args) -> int:
 def check_known(model_args, training_args):
     """Raises BadInput for a way to train that plans are not of."""
     several, sharded = gpus(training_args) > 1, parse_flag_from_env("ACCELERATE_USE_FSDP")
-    optim = "muon" if training_args.muon else str(getattr(training_args.optim, "value", training_args.optim))
+    optim = optim_name(training_args)
     unknown = (
         (not model_args.use_liger, "--use_liger False: it knows the memory of Liger's kernels only"),
         (
@@ -103,7 +99,7 @@ def check_known(model_args, training_args):
             f"--optim {optim}: it knows the default only, adamw_torch_fused",
         ),
         (
-            training_args.bits in ("int8", "nf4"),
+            training_args.bits in PACKAGES,
             f"--backbone_dtype {training_args.bits}: it knows backbones of bfloat16 and float32 only",
         ),
         (

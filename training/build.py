@@ -57,6 +57,17 @@ def choose_head_type(model_args):
     model_args.medusa_rank = rank or (MedusaConfig.medusa_rank if kind == "markov" else None)
 
 
+def heads_config(model_args) -> MedusaConfig:
+    """The heads that the flags ask for, after `choose_head_type`."""
+    return MedusaConfig(
+        medusa_num_heads=model_args.num_heads,
+        medusa_num_layers=model_args.medusa_num_layers,
+        medusa_head_type=model_args.medusa_head_type,
+        medusa_rank=model_args.medusa_rank or MedusaConfig.medusa_rank,
+        medusa_prefix_layer=model_args.medusa_prefix_layer,
+    )
+
+
 def build_model(
     model_args, data_args, training_args, checkpoint: Path | None, token_map: torch.Tensor | None = None
 ) -> MedusaModel:
@@ -84,13 +95,7 @@ def build_model(
         check_model(data_args.states_path, model_args.model_name_or_path, fingerprint(backbone) if reads else None)
     model = MedusaModel.from_backbone(
         backbone,
-        MedusaConfig(
-            medusa_num_heads=model_args.num_heads,
-            medusa_num_layers=model_args.medusa_num_layers,
-            medusa_head_type=model_args.medusa_head_type,
-            medusa_rank=model_args.medusa_rank or MedusaConfig.medusa_rank,
-            medusa_prefix_layer=model_args.medusa_prefix_layer,
-        ),
+        heads_config(model_args),
         dtype=trainable,
         fill=reads,
         token_map=token_map,

@@ -29,6 +29,10 @@ def is_version_1() -> bool:
     return os.environ.get("FSDP_VERSION", "1") == "1"
 
 
+def shards_by_version_1() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") and is_version_1()
+
+
 def reads_weights(config, training_args) -> bool:
     """Whether this process reads the backbone's weights. With `fsdp_cpu_ram_efficient_loading` only rank 0 does
     (FSDP1: the first process of each node), or 8 processes would hold 8 copies of an 8B model, 32 GB each in fp32.

@@ -2,9 +2,8 @@
 
 import math
 
-from accelerate.utils import parse_flag_from_env
-
-from training.fsdp import is_version_1
+from model.bits import PACKAGES
+from training.fsdp import shards_by_version_1
 from training.lora_arguments import NAMES
 
 
@@ -14,7 +13,6 @@ def about_lora(training) -> tuple:
     if rank is None:
         given = [name for name in NAMES[1:] if getattr(training, name) is not None]
         return ((bool(given), f"--{given[0] if given else ''} is of adapters: it goes with --lora_rank, in stage 2"),)
-    sharded_by_1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and is_version_1()
     return (
         (
             training.medusa_only_heads,
@@ -27,7 +25,7 @@ def about_lora(training) -> tuple:
             training.preserve_coefficient is not None and not 0 <= training.preserve_coefficient < math.inf,
             f"--preserve_coefficient {training.preserve_coefficient}: 0 or more",
         ),
-        (sharded_by_1, "--lora_rank needs FSDP2: FSDP1 cannot keep weights that train with others in a unit"),
+        (shards_by_version_1(), "--lora_rank needs FSDP2: FSDP1 cannot keep weights that train with others in a unit"),
     )
 
 
@@ -47,7 +45,6 @@ def about_bits(training) -> tuple:
     """Refusals of a backbone in few bits."""
     bits, flag = training.bits, f"--backbone_dtype {training.bits}"
     frozen, old = training.medusa_only_heads, training.fp8_backbone
-    fsdp_1 = parse_flag_from_env("ACCELERATE_USE_FSDP") and is_version_1()
     return (
         (
             old and training.backbone_dtype not in (None, "fp8"),
@@ -67,7 +64,7 @@ def about_bits(training) -> tuple:
         ),
         (bits == "fp8" and not training.bf16, f"{flag} goes with --bf16 True: what is not a product stays in bf16"),
         (
-            bits in ("int8", "nf4") and fsdp_1,
+            bits in PACKAGES and shards_by_version_1(),
             f"{flag} needs FSDP2: FSDP1 makes one flat weight of a layer's, and these are of several dtypes",
         ),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.errors import BadInput
-from model.backbone import decoder_layers, has_experts, meta_backbone
+from model.backbone import decoder_layers, has_experts, head_size, meta_backbone
 from model.config import MedusaConfig
 from model.path_heads import make_heads
 
@@ -59,7 +59,6 @@ def backbone_sizes(name_or_path: str, rank: int | None = None, targets=(), **whe
     widths = {n: m.out_features if m.in_features == hidden else m.in_features for n, m in linear.items()}
     config = backbone.config.get_text_config()
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
     found = BackboneSizes(
         name=kind,
         weights=weights,
@@ -75,7 +74,7 @@ def backbone_sizes(name_or_path: str, rank: int | None = None, targets=(), **whe
         products=sum(width * (1 + (name[:-5] + "_norm" in parts)) for name, width in widths.items()),
         mlp=sum(width for name, width in widths.items() if "att" not in name),
         widest=max(m.in_features for m in linear.values()),
-        repeated=2 * (heads - (getattr(config, "num_key_value_heads", None) or heads)) * head_dim,
+        repeated=2 * (heads - (getattr(config, "num_key_value_heads", None) or heads)) * head_size(config),
         a_rank=len(layers) * sum(m.in_features + m.out_features for m in linear.values()),
     )
     if rank is None:

@@ -60,6 +60,13 @@ def rows_of(name: str) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def shaped(row: dict, llama, **more) -> Run:
+    """What the rows of both benchmarks have."""
+    heads = heads_of(llama, int(row["heads"]), row.get("medusa_vocab_size"))
+    stage_1, batch, length = row["stage"] == "1", int(row["batch_size"]), int(row["length"])
+    return Run(llama, heads, stage_1, batch=batch, length=length, **more)
+
+
 def of_one_rank(row: dict, llama) -> Run | None:
     """A row of benchmark/memory.py. On the 23rd this project is called liger, with its options behind."""
     implementation, options = row["implementation"], row.get("options", "")
@@ -67,32 +74,19 @@ def of_one_rank(row: dict, llama) -> Run | None:
         options, implementation = implementation, "ours"
     if implementation != "ours" or "fsdp1" in options:  # not what train.py does, and not what plans are of
         return None
-    stage_1 = row["stage"] == "1"
-    return Run(
-        llama,
-        heads_of(llama, int(row["heads"]), row.get("medusa_vocab_size")),
-        stage_1,
-        batch=int(row["batch_size"]),
-        length=int(row["length"]),
-        gpus=int(row["world_size"]),
-        recomputed=0 if stage_1 else 32,
-        offloads="offload" in options,
-    )
+    recomputed = 0 if row["stage"] == "1" else 32
+    return shaped(row, llama, gpus=int(row["world_size"]), recomputed=recomputed, offloads="offload" in options)
 
 
 def of_one_gpu(row: dict, llama) -> Run | None:
     """A row of benchmark/throughput.py, which keeps trained weights in bf16."""
     if row["implementation"] != "ours":
         return None
-    stage_1 = row["stage"] == "1"
-    return Run(
+    return shaped(
+        row,
         llama,
-        heads_of(llama, int(row["heads"]), row.get("medusa_vocab_size")),
-        stage_1,
-        batch=int(row["batch_size"]),
-        length=int(row["length"]),
         trained=2,
-        recomputed=0 if stage_1 else int(row["options"].split()[0]),
+        recomputed=0 if row["stage"] == "1" else int(row["options"].split()[0]),
         stored=row["data"] == "stored states",
         packs=row["data"] == "packed",
     )
